@@ -1,0 +1,86 @@
+"""What the engine and its executors say to each other. Data only; every message carries its epoch."""
+
+import msgspec
+
+from serve_app.engine.request import Emission, Request
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """How the last stage chooses the token that follows a slice. See `SamplingParams` for the fields' meaning."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    position: int  # absolute position of the token being chosen: the counter of the generator
+    logprob: bool
+    banned: tuple[int, ...] = ()  # token ids that may not be chosen (end tokens before min_new_tokens)
+
+
+class Slice(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive tokens of one sequence computed in one step: a prefill chunk, or one decode token.
+
+    The tokens sit at positions [start, start + len(tokens)). `pages` covers [0, start + len(tokens)).
+    """
+
+    start: int
+    tokens: list[int]
+    pages: list[int]
+    sample: Sample | None  # None: a chunk that does not end the known tokens; nothing is sampled
+
+
+class Plan(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
+    """One step: one microbatch of one replica through all stages. Running it again writes the same KV and tokens."""
+
+    epoch: int
+    replica: int
+    step: int  # grows by one per (replica, step issued); never reused within an epoch
+    slices: list[Slice]
+
+
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
+    """The last stage's answer: one token for each slice that had `sample`, in plan order."""
+
+    epoch: int
+    replica: int
+    step: int
+    tokens: list[int]
+    logprobs: list[float]  # one per token; 0.0 where the sample did not ask
+
+
+# -- events: what goes into EngineCore.on -----------------------------------------------------------------------
+
+
+class Begin(msgspec.Struct, frozen=True, array_like=True, tag="begin"):
+    """A membership is in place: replicas [0, num_replicas) are ready, each with `num_pages` KV pages."""
+
+    epoch: int
+    num_replicas: int
+    num_pages: int
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
+    """End a request. Its pages are free within a step. Unknown or ended requests are ignored."""
+
+    rid: str
+
+
+Event = Begin | Submit | Cancel | StepDone
+
+# -- commands: what comes out -----------------------------------------------------------------------------------
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True, tag="run"):
+    plan: Plan
+
+
+class Emit(msgspec.Struct, frozen=True, array_like=True, tag="emit"):
+    emission: Emission
+
+
+Command = Run | Emit

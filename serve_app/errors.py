@@ -1,0 +1,17 @@
+"""The errors that users see. Each message is one sentence that says what to change."""
+
+
+class OctavoError(Exception):
+    """Base of every error that a user can cause and mend; the message is shown without a traceback."""
+
+
+class ConfigError(OctavoError):
+    """A config that cannot run: unknown key, layout that does not divide, missing path."""
+
+
+class CheckpointError(OctavoError):
+    """A checkpoint that cannot be served: unknown family, missing, truncated or misshapen tensors, pickles."""
+
+
+class FetchError(OctavoError):
+    """A model that could not be fetched or whose content is not what was expected."""
