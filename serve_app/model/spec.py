@@ -1,17 +1,28 @@
 """The shape of a model, read from a Hugging Face `config.json`. No torch here: the planner reads specs too."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from serve_app.errors import CheckpointError
 
 Family = Literal["llama", "mixtral", "qwen3_moe", "olmoe"]
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding: base and scaling. `params` holds the scaling type's own numbers under their config names."""
+    """Rotary embedding: base and scaling. `params` holds the scaling type's own numbers under their config names.
+
+    linear: factor. llama3: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
+    yarn: factor, original_max_position_embeddings and, where given, beta_fast, beta_slow, attention_factor, mscale,
+    mscale_all_dim, truncate.
+    """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: RopeKind = "default"
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -35,7 +46,7 @@ class ModelSpec:
     rope: RopeSpec
     tie_embeddings: bool
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm on q and k: per head, or across all heads
-    attention_bias: bool = False  # biases on q, k, v (and o where the family has it)
+    attention_bias: bool = False  # biases on q, k, v and o
     clip_qkv: float | None = None  # olmoe: q, k, v are clamped to [-clip, clip]
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -44,3 +55,212 @@ class ModelSpec:
     @property
     def is_dense(self) -> bool:
         return self.num_experts == 1
+
+
+# What transformers takes where a config is silent.
+_NORM_EPS = {"llama": 1e-6, "mixtral": 1e-5, "qwen3_moe": 1e-6, "olmoe": 1e-5}
+_ROPE_THETA = {"llama": 1e4, "mixtral": 1e6, "qwen3_moe": 1e4, "olmoe": 1e4}
+_QK_NORM: dict[str, Literal["none", "head", "full"]] = {"qwen3_moe": "head", "olmoe": "full"}
+
+_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_ROPE_MAY = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
+
+# Fields that change the arithmetic in a way that is not implemented, and the one value of each that is.
+_ONLY: tuple[tuple[str, object], ...] = (
+    ("hidden_act", "silu"),
+    ("mlp_bias", False),
+    ("decoder_sparse_step", 1),
+    ("mlp_only_layers", []),
+    ("quantization_config", None),
+)
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read `config.json`, and the end tokens of `generation_config.json` where there is one.
+
+    Raises CheckpointError where the folder or its config is missing, is not JSON, or describes what is not supported.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint folder {folder} does not exist")
+    spec = parse_config(read_json(folder / "config.json"))
+    generation = folder / "generation_config.json"
+    if not generation.is_file():
+        return spec
+    more = _eos_token_ids(read_json(generation), spec.vocab_size)
+    return replace(spec, eos_token_ids=tuple(dict.fromkeys(spec.eos_token_ids + more)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"the checkpoint folder {path.parent} has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec in a Hugging Face config, as transformers 4 or 5 writes it.
+
+    Raises CheckpointError naming the field and its value where the model is not one that this code computes exactly.
+    """
+    family = _family(config)
+    _refuse_unsupported(config)
+    num_heads = _size(config, "num_attention_heads")
+    num_experts = 1 if family == "llama" else _size(config, "num_local_experts", "num_experts")
+    spec = ModelSpec(
+        family=family,
+        vocab_size=_size(config, "vocab_size"),
+        hidden_size=_size(config, "hidden_size"),
+        num_layers=_size(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_num_kv_heads(config, family, num_heads),
+        head_dim=_head_dim(config, num_heads),
+        num_experts=num_experts,
+        top_k=1 if family == "llama" else _size(config, "num_experts_per_tok"),
+        expert_size=_size(config, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
+        norm_topk=family == "mixtral" or _flag(config, "norm_topk_prob"),
+        max_positions=_max_positions(config, family),
+        norm_eps=_number(config, "rms_norm_eps", _NORM_EPS[family]),
+        rope=_rope(config, family),
+        tie_embeddings=_flag(config, "tie_word_embeddings"),
+        qk_norm=_QK_NORM.get(family, "none"),
+        attention_bias=family != "mixtral" and _flag(config, "attention_bias"),
+        clip_qkv=_number(config, "clip_qkv") if config.get("clip_qkv") is not None else None,
+        eos_token_ids=_eos_token_ids(config, _size(config, "vocab_size")),
+        bos_token_id=_bos_token_id(config),
+        dtype=_dtype(config),
+    )
+    if spec.top_k > spec.num_experts:
+        raise CheckpointError(f"num_experts_per_tok is {spec.top_k} but there are {spec.num_experts} experts")
+    return spec
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    name = config.get("model_type")
+    if name not in get_args(Family):
+        raise CheckpointError(f"model_type {name!r} is not supported; supported are {', '.join(get_args(Family))}")
+    return cast(Family, name)
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    for name, supported in _ONLY:
+        value = config.get(name)
+        if value is not None and value != supported:
+            only = f"; only {supported!r} is" if supported else ""
+            raise CheckpointError(f"{name} {value!r} is not supported{only}")
+
+
+def _size(config: Mapping[str, Any], *names: str) -> int:
+    """The first of `names` that the config has, as a positive integer."""
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
+        raise CheckpointError(f"the config has no {names[0]}")
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{name} must be a positive integer, not {value!r}")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = default if config.get(name) is None else config[name]
+    if value is None:
+        raise CheckpointError(f"the config has no {name}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise CheckpointError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{name} must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _num_kv_heads(config: Mapping[str, Any], family: Family, num_heads: int) -> int:
+    """Llama and olmoe take a missing count for "as many as there are query heads"; the others must say."""
+    if config.get("num_key_value_heads") is None and family in ("llama", "olmoe"):
+        return num_heads
+    num_kv_heads = _size(config, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
+    return num_kv_heads
+
+
+def _head_dim(config: Mapping[str, Any], num_heads: int) -> int:
+    hidden_size = _size(config, "hidden_size")
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise CheckpointError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}")
+    head_dim = hidden_size // num_heads if config.get("head_dim") is None else _size(config, "head_dim")
+    if head_dim % 2:
+        raise CheckpointError(f"head_dim must be even for rotary embedding, not {head_dim}")
+    return head_dim
+
+
+def _max_positions(config: Mapping[str, Any], family: Family) -> int:
+    """A sliding window caps the length: up to it, full attention is the same function."""
+    max_positions = _size(config, "max_position_embeddings")
+    slides = family == "mixtral" or (family == "qwen3_moe" and _flag(config, "use_sliding_window"))
+    if not slides or config.get("sliding_window") is None:
+        return max_positions
+    return min(max_positions, _size(config, "sliding_window"))
+
+
+def _rope(config: Mapping[str, Any], family: Family) -> RopeSpec:
+    """Transformers 5 writes one dict `rope_parameters`; 4 wrote `rope_theta` beside a `rope_scaling` or null."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise CheckpointError(f"rope_parameters {given!r} is not supported; one flat object is")
+    if (partial := given.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1.0):
+        raise CheckpointError(f"partial_rotary_factor {partial!r} is not supported; only 1.0 is")
+    theta = _number(given if given.get("rope_theta") is not None else config, "rope_theta", _ROPE_THETA[family])
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in get_args(RopeKind):
+        why = ": it depends on the length, so that a step run again would differ" if kind == "dynamic" else ""
+        raise CheckpointError(f"rope_type {kind!r} is not supported{why}")
+    return RopeSpec(theta, cast(RopeKind, kind), _rope_params(kind, given, _size(config, "max_position_embeddings")))
+
+
+def _rope_params(kind: str, given: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    original = _number(given, "original_max_position_embeddings", max_positions)
+    given = {**given, "original_max_position_embeddings": original}
+    if kind == "yarn" and given.get("factor") is None:
+        given["factor"] = max_positions / original
+    optional = [name for name in _ROPE_MAY.get(kind, ()) if given.get(name) is not None]
+    params: dict[str, Any] = {name: _number(given, name) for name in (*_ROPE_NEEDS[kind], *optional)}
+    return params | ({"truncate": _flag(given, "truncate")} if kind == "yarn" and "truncate" in given else {})
+
+
+def _eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """One id or a list. Ids outside the vocabulary are left out: no such token can ever be sampled."""
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise CheckpointError(f"eos_token_id must be an integer or a list of integers, not {value!r}")
+    return tuple(token for token in ids if 0 <= token < vocab_size)
+
+
+def _bos_token_id(config: Mapping[str, Any]) -> int | None:
+    value = config.get("bos_token_id")
+    if not isinstance(value, int | None) or isinstance(value, bool):
+        raise CheckpointError(f"bos_token_id must be an integer or null, not {value!r}")
+    return value
+
+
+def _dtype(config: Mapping[str, Any]) -> Literal["bfloat16", "float16", "float32"]:
+    value = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if value not in ("bfloat16", "float16", "float32"):
+        raise CheckpointError(f"dtype {value!r} is not supported; bfloat16, float16 and float32 are")
+    return cast(Literal["bfloat16", "float16", "float32"], value)

@@ -1,0 +1,81 @@
+"""A benchmark of the whole model in this process: no HTTP, no cluster, only the engine core and the model step."""
+
+import time
+
+from serve_app.bench.measure import Figures, Trace, Workload, figures
+from serve_app.config import OctavoConfig
+from serve_app.engine.request import Request, SamplingParams
+from serve_app.fetch.hub import resolve
+from serve_app.fetch.progress import silent
+from serve_app.model.checkpoint import Checkpoint
+from serve_app.model.moe import Weights
+from serve_app.model.random_weights import random_checkpoint
+from serve_app.model.spec import ModelSpec, RopeSpec
+from serve_app.model.timing import StepTimer
+from serve_app.runtime.local import LocalEngine
+from serve_app.runtime.settings import check
+
+# The founding document's model at the size that a small machine runs: 0.44 B parameters, 0.07 B of them active.
+REFERENCE = ModelSpec(
+    family="qwen3_moe",
+    vocab_size=49_152,
+    hidden_size=512,
+    num_layers=16,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    num_experts=16,
+    top_k=2,
+    expert_size=1024,
+    norm_topk=True,
+    max_positions=20_480,
+    norm_eps=1e-6,
+    rope=RopeSpec(),
+    tie_embeddings=True,
+    qk_norm="head",
+)
+
+
+class LocalBench:
+    """A loaded model to run workloads on."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        config = OctavoConfig.model_validate(
+            {
+                "model": model,
+                "worker": {"num_threads": threads},
+                "scheduler": {"max_running": 1024, "prefix_cache": False},
+            }
+        )
+        self._timer = StepTimer()
+        weights = _weights(config)
+        self._vocab_size = weights.spec.vocab_size
+        self._engine = LocalEngine.load(weights, config, self._timer)
+        self.run(Workload(2, 16, 4))  # first touches are slow
+
+    def run(self, workload: Workload) -> Figures:
+        """One batch, from submission to its last token."""
+        self._timer.seconds.clear()
+        traces = {}
+        requests = []
+        sampling = SamplingParams(max_new_tokens=workload.output_tokens, temperature=0.0, ignore_eos=True)
+        for index, prompt in enumerate(workload.prompts(self._vocab_size)):
+            rid = f"bench-{index}"
+            requests.append(Request(rid, prompt, sampling))
+            traces[rid] = Trace(time.perf_counter())
+        begun_s = time.perf_counter()
+        for emission in self._engine.generate(requests):
+            traces[emission.rid].add(time.perf_counter(), len(emission.tokens))
+        return figures(workload, list(traces.values()), self._shares(time.perf_counter() - begun_s))
+
+    def _shares(self, total_s: float) -> dict[str, float]:
+        """Of all the time that passed; what the stage did not book is the engine's, the sampler's and this loop's."""
+        shares = {part: seconds / total_s for part, seconds in sorted(self._timer.seconds.items())}
+        return shares | {"engine": 1 - sum(shares.values())}
+
+
+def _weights(config: OctavoConfig) -> Weights:
+    if config.model == "reference":
+        return random_checkpoint(REFERENCE, seed=0)
+    check(config)
+    return Checkpoint.open(resolve(config.model, silent, fetch=False))

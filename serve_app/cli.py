@@ -1,0 +1,148 @@
+"""The command `octavo`."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from serve_app import __version__
+from serve_app.config import OctavoConfig, parse_config
+from serve_app.errors import ConfigError, OctavoError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve Mixture-of-Experts language models on a Ray cluster.",
+)
+err = Console(stderr=True)
+
+IMPORT_PATH = "serve_app.app:build"
+DEFAULT_BATCHES = (1, 8, 32, 64)
+DEFAULT_CONFIG = Path("deployments/config.yaml")
+
+Model = Annotated[str, typer.Option(help="`demo`, a folder, or a Hugging Face hub id")]
+
+
+def main() -> None:
+    """The entry point: what a user can mend ends with one sentence and status 1."""
+    try:
+        app()
+    except OctavoError as error:
+        err.print(f"[red]octavo:[/red] {error}", highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="`demo`, or a Hugging Face hub id")] = "demo",
+) -> None:
+    """Get a model ready to serve; does nothing when it is already there."""
+    from serve_app.fetch.hub import resolve
+    from serve_app.fetch.progress import progress_bar
+
+    with progress_bar() as report:
+        folder = resolve(model, report)
+    print(folder)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="a Ray Serve config file")] = DEFAULT_CONFIG,
+) -> None:
+    """Check a config, then hand over to `serve run`, with Serve's HAProxy on. Ctrl-C ends it."""
+    from serve_app.runtime.settings import check
+
+    for args in _octavo_args(config):
+        check(parse_config(args))
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} | os.environ
+    command = Path(sys.executable).parent / "serve"
+    os.execve(command, [str(command), "run", str(config)], environment)
+
+
+def _octavo_args(config: Path) -> Iterator[dict[str, Any]]:
+    """The `args` of each application in a Serve config file that is ours. ConfigError if there is none."""
+    try:
+        content = yaml.safe_load(config.read_text())
+        ours = [entry for entry in content["applications"] if entry["import_path"] == IMPORT_PATH]
+    except OSError as error:
+        raise ConfigError(f"{config} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
+    except (TypeError, KeyError):
+        raise ConfigError(f"{config} is no Ray Serve config: it needs a list `applications`") from None
+    if not ours:
+        raise ConfigError(f"{config} has no application with the import_path {IMPORT_PATH}")
+    for entry in ours:
+        yield entry.get("args") or {}
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what to answer")],
+    model: Model = "demo",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
+    raw: Annotated[bool, typer.Option(help="continue the text as it stands, without the chat template")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="threads that compute")] = os.cpu_count() or 1,
+) -> None:
+    """Answer one prompt in this process, without a cluster, streaming to the terminal."""
+    from serve_app.engine.request import Request, SamplingParams
+    from serve_app.fetch.hub import resolve
+    from serve_app.fetch.progress import silent
+    from serve_app.model.checkpoint import Checkpoint
+    from serve_app.model.tokenizer import Detokenizer, Tokenizer
+    from serve_app.runtime.local import LocalEngine
+    from serve_app.runtime.settings import check
+
+    config = OctavoConfig.model_validate({"model": model, "worker": {"num_threads": threads}})
+    spec = check(config)
+    folder = resolve(model, silent, fetch=False)
+    tokenizer = Tokenizer.load(folder)
+    tokens = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    if not 0 < len(tokens) < spec.max_positions:
+        raise OctavoError(f"the prompt is {len(tokens)} tokens; it must be 1 to {spec.max_positions - 1}")
+    with err.status("loading"):
+        engine = LocalEngine.load(Checkpoint.open(folder), config)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    text = Detokenizer(tokenizer, skip_special_tokens=True)
+    for emission in engine.generate([Request("cli", tokens, sampling)]):
+        print(text.push(emission.tokens), end="", flush=True)
+    print(text.finish())
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="`demo`, `reference` (random weights), a folder, or a hub id")] = "demo",
+    url: Annotated[str | None, typer.Option(help="measure this server instead of an engine in this process")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="requests at a time; may be given several times")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="per request, in the runs by batch")] = 32,
+    output_tokens: Annotated[int, typer.Option(min=2, help="per request, in the runs by batch")] = 128,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=0, help="one more run: one prompt this long; 0 leaves it out")
+    ] = 1024,
+    threads: Annotated[int, typer.Option(min=1, help="threads that compute, in this process")] = os.cpu_count() or 1,
+    json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
+) -> None:
+    """Tokens per second, time to first token, and time between tokens."""
+    from serve_app.bench.measure import Workload
+    from serve_app.bench.report import run_all
+
+    workloads = [Workload(size, prompt_tokens, output_tokens) for size in batch or DEFAULT_BATCHES]
+    if prefill_tokens:
+        workloads.append(Workload(1, prefill_tokens, 2))
+    run_all(model, url, workloads, threads, as_json=json, console=err)

@@ -1,0 +1,85 @@
+"""What a user may set. Unknown keys are errors; every field says its unit."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve_app.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayoutConfig(_Section):
+    """How the model is cut. The experts of a stage are spread over its `dp` workers (EP = DP)."""
+
+    pp: Count = Field(1, description="pipeline stages: consecutive layers are cut into this many")
+    dp: Count = Field(1, description="replicas of the attention weights, each with its own KV cache")
+
+
+class WorkerConfig(_Section):
+    """One worker process, and what Ray is to reserve for it."""
+
+    num_threads: Count = Field(1, description="threads that compute in one worker")
+    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for one worker")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for one worker")
+    kv_gib: float = Field(1.0, gt=0, description="GiB of KV cache on one worker")
+    ready_timeout_s: float = Field(600, gt=0, description="seconds that workers may take to start and load")
+
+
+class SchedulerConfig(_Section):
+    """How steps are made."""
+
+    page_tokens: Literal[16, 32, 64, 128] = Field(32, description="tokens in one KV page")
+    max_running: Count = Field(64, description="sequences that one replica runs at a time")
+    max_step_tokens: Count = Field(512, description="tokens of one step, prefill and decode together")
+    max_context_tokens: Count | None = Field(None, description="prompt + answer; default: what the model can")
+    prefix_cache: bool = Field(True, description="reuse the KV of prompts that begin alike")
+
+
+class LimitsConfig(_Section):
+    """What the door refuses."""
+
+    max_body_bytes: Count = Field(4 * 2**20, description="bytes of one HTTP request's body")
+    max_prompts: Count = Field(256, description="prompts in one HTTP request, times the answers asked of each")
+
+
+class OctavoConfig(_Section):
+    """The arguments of `serve_app.app:build`."""
+
+    model: str = Field("demo", min_length=1, description="`demo`, a folder, or a Hugging Face hub id")
+    network: Literal["auto", "loopback", "cluster"] = Field(
+        "auto",
+        description="where the cell's sockets bind; auto: loopback while Ray has one node, else each node's own"
+        " address, authenticated and encrypted with CURVE",
+    )
+    name: str | None = Field(None, min_length=1, description="the name that clients see; default: the model's")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bf16 where the device has it")
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_ingress: Count = Field(1, description="HTTP replicas")
+    layout: LayoutConfig = LayoutConfig()
+    worker: WorkerConfig = WorkerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def parse_config(args: dict[str, Any]) -> OctavoConfig:
+    """The arguments of a config file, checked. ConfigError names every offending key and says what it may be."""
+    try:
+        return OctavoConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("the config cannot run: " + "; ".join(map(_sentence, error.errors()))) from None
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"`{key}` is not a key of this config"
+    return f"`{key}` = {error['input']!r}: {error['msg']}"

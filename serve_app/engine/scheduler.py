@@ -1,0 +1,304 @@
+"""Who runs in the next step of one replica: continuous batching, chunked prefill, up to PP steps in flight.
+
+Decode comes first, then prompts in the order of their arrival fill what is left of the step's token budget. Where
+there are stages to keep busy, a step takes only its share of the decoding sequences, so that the others form the next
+microbatches. Pages for all known tokens are taken when a sequence is admitted, one more whenever decoding fills the
+last; when none is left, the sequence that arrived last gives up its own and is added again later (preemption).
+
+No request starves and nothing deadlocks: pages are only ever taken from later arrivals, no sequence may grow beyond
+the pool, and so the oldest one always gets what it needs, at the latest when the steps in flight are done.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import msgspec
+
+from serve_app.engine.blocks import PagePool, extend_chain
+from serve_app.engine.plan import Plan, Slice, StepDone
+from serve_app.engine.request import Emission
+from serve_app.engine.sequence import Sequence
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What bounds the engine. Raises ValueError for a bound below one."""
+
+    num_stages: int  # as many steps are in flight per replica
+    max_context_tokens: int  # prompt + emitted
+    page_tokens: int = 32
+    max_running: int = 64  # sequences per replica
+    max_step_tokens: int = 1024  # of one step, prefill and decode together
+    eos_token_ids: tuple[int, ...] = ()
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "max_context_tokens", "page_tokens", "max_running", "max_step_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts over the engine's life, all replicas and epochs together."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """What one slice of a step in flight means to the engine."""
+
+    seq: Sequence
+    end: int  # known tokens [0, end) have their KV when the step is done
+    samples: bool
+
+
+class Scheduler:
+    """One replica in one epoch: its pages, who waits, who runs, which steps are in flight.
+
+    A running sequence is prefilling (some of its known tokens are in no plan yet), ready (only its last token is), or
+    has its next token in flight.
+    """
+
+    def __init__(self, config: EngineConfig, epoch: int, replica: int, num_pages: int, totals: Totals) -> None:
+        self._config = config
+        self._epoch = epoch
+        self._replica = replica
+        self._totals = totals
+        self.pool = PagePool(num_pages)
+        self.waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self.running: dict[str, Sequence] = {}
+        self.load_tokens = 0  # outstanding work of all that wait or run
+        self._prefilling: dict[str, Sequence] = {}
+        self._ready: dict[str, Sequence] = {}
+        self._flights: dict[int, list[_Part]] = {}
+        self._next_step = 0
+
+    # -- requests in and out -----------------------------------------------------------------------------------
+
+    def hit_tokens(self, seq: Sequence) -> int:
+        """Tokens that this replica would not have to compute for `seq`."""
+        return len(self._match(seq)) * self._config.page_tokens
+
+    def add(self, seq: Sequence) -> None:
+        """Put `seq`, which has nothing computed, at the end of the queue."""
+        seq.replica = self._replica
+        self.waiting[seq.rid] = seq
+        self.load_tokens += seq.work_tokens
+
+    def drop(self, seq: Sequence) -> None:
+        """Forget an ended sequence; pages that steps in flight may still write to are freed when those are done."""
+        self.load_tokens -= seq.work_tokens
+        if self.waiting.pop(seq.rid, None) is None:
+            self._stop_running(seq)
+        if not seq.num_in_flight:
+            self._release(seq)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def next_plan(self) -> Plan | None:
+        """The next step, or None while the pipeline is full or nothing can run."""
+        if len(self._flights) >= self._config.num_stages:
+            return None
+        slices: list[Slice] = []
+        parts: list[_Part] = []
+        budget = self._config.max_step_tokens
+        budget -= self._take_decodes(slices, parts, budget)
+        budget -= self._take_prefills(slices, parts, budget)
+        self._take_waiting(slices, parts, budget)
+        if not slices:
+            return None
+        step, self._next_step = self._next_step, self._next_step + 1
+        self._flights[step] = parts
+        self._totals.num_steps += 1
+        return Plan(self._epoch, self._replica, step, slices)
+
+    def step_done(self, done: StepDone) -> list[Emission]:
+        """Book a finished step: its KV is there, its tokens are emitted. An unknown or repeated step is ignored."""
+        parts = self._flights.get(done.step)
+        if parts is None:
+            return []
+        assert done.step == next(iter(self._flights)), "a pipeline ends its steps in the order of their issue"
+        assert len(done.tokens) == sum(part.samples for part in parts), "one token for each slice that samples"
+        del self._flights[done.step]
+        answers = iter(zip(done.tokens, done.logprobs, strict=True))
+        emissions = []
+        for part in parts:
+            seq = part.seq
+            seq.num_in_flight -= 1
+            answer = next(answers) if part.samples else None
+            if seq.finish is not None:  # cancelled meanwhile
+                if not seq.num_in_flight:
+                    self._release(seq)
+                continue
+            self._advance(seq, part.end)
+            if answer is not None:
+                emissions.append(self._accept(seq, *answer))
+        return emissions
+
+    # -- choosing ----------------------------------------------------------------------------------------------
+
+    def _take_decodes(self, slices: list[Slice], parts: list[_Part], budget: int) -> int:
+        """Ready sequences, at most an even share per stage; returns the tokens taken."""
+        num_decoding = len(self.running) - len(self._prefilling)
+        share = min(budget, -(-num_decoding // self._config.num_stages))
+        num_taken = 0
+        for rid, seq in list(self._ready.items()):
+            if num_taken == share:
+                break
+            # one that was preempted for another of this very step is no longer ready
+            if rid in self._ready and self._grow(seq):
+                del self._ready[rid]
+                self._issue(seq, 1, slices, parts)
+                num_taken += 1
+        return num_taken
+
+    def _take_prefills(self, slices: list[Slice], parts: list[_Part], budget: int) -> int:
+        """The next chunks of prompts that were begun; returns the tokens taken."""
+        left = budget
+        for seq in list(self._prefilling.values()):
+            if not left:
+                break
+            left -= self._issue_chunk(seq, left, slices, parts)
+        return budget - left
+
+    def _take_waiting(self, slices: list[Slice], parts: list[_Part], budget: int) -> None:
+        """Admit in order of arrival while budget, pages and `max_running` allow."""
+        while budget and self.waiting and len(self.running) < self._config.max_running:
+            seq = next(iter(self.waiting.values()))
+            if not self._admit(seq):
+                break
+            budget -= self._issue_chunk(seq, budget, slices, parts)
+
+    def _issue_chunk(self, seq: Sequence, budget: int, slices: list[Slice], parts: list[_Part]) -> int:
+        left = len(seq.tokens) - seq.num_sent
+        num_tokens = min(budget, left)
+        if num_tokens == left:
+            del self._prefilling[seq.rid]
+        self._issue(seq, num_tokens, slices, parts)
+        return num_tokens
+
+    def _issue(self, seq: Sequence, num_tokens: int, slices: list[Slice], parts: list[_Part]) -> None:
+        start, end = seq.num_sent, seq.num_sent + num_tokens
+        samples = end == len(seq.tokens)
+        pages = seq.pages[: -(-end // self._config.page_tokens)]
+        slices.append(Slice(start, seq.tokens[start:end], pages, seq.sample() if samples else None))
+        parts.append(_Part(seq, end, samples))
+        seq.num_sent = end
+        seq.num_in_flight += 1
+
+    # -- pages -------------------------------------------------------------------------------------------------
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """Cached pages of `seq`. The last known token is never among them: its logits are needed."""
+        if not self._config.prefix_cache:
+            return []
+        num_pages = (len(seq.tokens) - 1) // self._config.page_tokens
+        extend_chain(seq.chain, seq.tokens, self._config.page_tokens, num_pages)
+        return self.pool.match(seq.chain[:num_pages])
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Move the head of the queue to the running, with pages for all its known tokens; False if there are too few.
+
+        One page for each running sequence stays free, or the newcomer would soon be preempted for their growth.
+        """
+        cached = self._match(seq)
+        num_new = -(-len(seq.tokens) // self._config.page_tokens) - len(cached)
+        if not self.pool.can_allocate(num_new + len(self.running), beside=cached):
+            return False
+        self.pool.hold(cached)
+        seq.pages = cached + self.pool.allocate(num_new)
+        seq.num_sent = seq.num_done = len(cached) * self._config.page_tokens
+        seq.num_published = len(cached)
+        self.load_tokens -= seq.num_done
+        self.running[seq.rid] = self._prefilling[seq.rid] = self.waiting.pop(seq.rid)
+        if not seq.was_admitted:
+            self._count_admission(seq)
+        return True
+
+    def _count_admission(self, seq: Sequence) -> None:
+        seq.was_admitted = True
+        seq.num_cached = min(seq.num_done, seq.num_prompt)
+        self._totals.prompt_tokens += seq.num_prompt
+        if self._config.prefix_cache:
+            self._totals.prefix_query_tokens += seq.num_prompt
+            self._totals.prefix_hit_tokens += seq.num_cached
+
+    def _grow(self, seq: Sequence) -> bool:
+        """See that there is a page for the next token, from a later arrival if need be; False: not in this step."""
+        if len(seq.pages) * self._config.page_tokens > seq.num_sent:
+            return True
+        while not self.pool.can_allocate(1):
+            later = [s for s in self.running.values() if s.arrival > seq.arrival and not s.num_in_flight]
+            if not later:
+                return False
+            self._preempt(max(later, key=lambda s: s.arrival))
+        seq.pages += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue, as a fresh add of all its tokens, before all that arrived later."""
+        self._stop_running(seq)
+        self.load_tokens += seq.num_done
+        self._release(seq)
+        seq.restart()
+        earlier = [s.rid for s in self.waiting.values() if s.arrival < seq.arrival]  # preempted before it
+        self.waiting[seq.rid] = seq
+        for rid in (seq.rid, *reversed(earlier)):
+            self.waiting.move_to_end(rid, last=False)
+        self._totals.num_preemptions += 1
+
+    def _stop_running(self, seq: Sequence) -> None:
+        del self.running[seq.rid]
+        self._prefilling.pop(seq.rid, None)
+        self._ready.pop(seq.rid, None)
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.pages)
+        seq.pages = []
+
+    # -- booking -----------------------------------------------------------------------------------------------
+
+    def _advance(self, seq: Sequence, end: int) -> None:
+        """The KV of the tokens [0, end) is computed: pages that are full by now may be read by others."""
+        self.load_tokens -= end - seq.num_done
+        seq.num_done = end
+        num_full = end // self._config.page_tokens
+        if num_full == seq.num_published or not self._config.prefix_cache:
+            return
+        extend_chain(seq.chain, seq.tokens, self._config.page_tokens, num_full)
+        for i in range(seq.num_published, num_full):
+            self.pool.publish(seq.pages[i], seq.chain[i])
+        seq.num_published = num_full
+
+    def _accept(self, seq: Sequence, token: int, logprob: float) -> Emission:
+        emission = seq.accept(token, logprob)
+        self._totals.generation_tokens += 1
+        if emission.finish is None:
+            self._ready[seq.rid] = seq
+        else:
+            self.drop(seq)
+        return emission
+
+    def check_integrity(self) -> None:
+        """Assert that each page has as many references as holders, and that the sets and sums fit. O(all pages)."""
+        self.pool.check_integrity()
+        in_flight = {id(part.seq): part.seq for parts in self._flights.values() for part in parts}
+        holders = [*self.running.values(), *(s for s in in_flight.values() if s.finish is not None)]
+        num_refs = [0] * self.pool.num_pages
+        for page in (page for seq in holders for page in seq.pages):
+            num_refs[page] += 1
+        assert num_refs == [self.pool.num_refs(p) for p in range(self.pool.num_pages)], "a page has lost its holder"
+        assert not any(seq.pages for seq in self.waiting.values()), "a waiting sequence holds pages"
+        arrivals = [seq.arrival for seq in self.waiting.values()]
+        assert arrivals == sorted(arrivals), "the queue is not in order of arrival"
+        assert not self._ready.keys() & self._prefilling.keys(), "a sequence is both ready and prefilling"
+        for rid, seq in self.running.items():
+            is_idle = rid in self._ready or rid in self._prefilling
+            assert is_idle or seq.num_in_flight, f"{rid} runs but nothing is in flight for it"
+        live = [*self.waiting.values(), *self.running.values()]
+        assert self.load_tokens == sum(seq.work_tokens for seq in live), "the load has drifted"

@@ -1,0 +1,39 @@
+"""What the ingress asks of an engine. The ZeroMQ client of a cell implements it, and so does an in-process engine."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import msgspec
+
+from serve_app.engine.core import EngineStats
+from serve_app.engine.request import Emission, Request
+from serve_app.errors import OctavoError
+
+
+class EngineUnavailableError(OctavoError):
+    """No engine answers: the message says what is awaited. The client gets a 503."""
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """What the health pages and the metrics need to know of the engine."""
+
+    live: bool  # the engine process answers
+    ready: bool  # new traffic is welcome
+    reason: str = ""  # while not ready: what is awaited
+    page_tokens: int = 0  # tokens per KV page
+    stats: EngineStats | None = None
+
+
+class Engine(Protocol):
+    """One serving engine, whatever runs it."""
+
+    def submit(self, request: Request) -> AsyncGenerator[Emission, None]:
+        """Run a request; yields its emissions, the last of which carries `finish`.
+
+        Closing the generator (`aclose`) cancels the request in the engine. Raises EngineUnavailableError.
+        """
+        ...
+
+    async def status(self) -> EngineStatus:
+        """How the engine is. Raises EngineUnavailableError; may take as long as the caller's patience."""
+        ...

@@ -1,0 +1,78 @@
+"""The ingress as a Serve deployment: the FastAPI app over a connection to the cell's engine."""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve_app.cluster.node import log_to_stderr
+from serve_app.config import OctavoConfig
+from serve_app.engine.request import Emission, Request
+from serve_app.fetch.hub import resolve
+from serve_app.fetch.progress import silent
+from serve_app.ingress.api import create_app
+from serve_app.ingress.client import EngineStatus, EngineUnavailableError
+from serve_app.ingress.door import Limits, ModelInfo
+from serve_app.model.spec import ModelSpec
+from serve_app.model.tokenizer import Tokenizer
+from serve_app.runtime.client import EngineClient
+from serve_app.runtime.settings import max_context_tokens
+
+SILENT_S = 5.0  # an engine not heard for this long is not live
+
+
+class CellEngine:
+    """`Engine` over the mesh."""
+
+    def __init__(self, client: EngineClient, page_tokens: int) -> None:
+        self._client = client
+        self._page_tokens = page_tokens
+
+    async def submit(self, request: Request) -> AsyncGenerator[Emission, None]:
+        status = await self.status()
+        if not status.live or self._client.epoch == 0:  # later than its first epoch, a cell that re-forms goes on
+            raise EngineUnavailableError(status.reason)
+        async with aclosing(self._client.submit(request)) as emissions:
+            async for emission in emissions:
+                yield emission
+
+    async def status(self) -> EngineStatus:
+        latest, age_s = self._client.latest()
+        if latest is None:
+            return EngineStatus(live=False, ready=False, reason="the engine has not been heard yet")
+        if age_s > SILENT_S:
+            return EngineStatus(live=False, ready=False, reason=f"the engine has been silent for {age_s:.0f} s")
+        return EngineStatus(
+            live=True, ready=latest.ready, reason=latest.reason, page_tokens=self._page_tokens, stats=latest.stats
+        )
+
+
+class IngressService:
+    """One HTTP replica. Serve calls the constructor inside its event loop, then asks for the application."""
+
+    async def __init__(self, config: OctavoConfig, spec: ModelSpec, created_unix_s: int, engine: Any) -> None:  # type: ignore[misc]
+        log_to_stderr()
+        address, network = await engine.endpoint.remote()
+        name = f"ingress-{uuid.uuid4().hex[:8]}"
+        self._client = EngineClient(network.mesh(), address, name)
+        tokenizer = Tokenizer.load(resolve(config.model, silent, fetch=False))
+        info = ModelInfo(
+            name=config.served_name,
+            max_context_tokens=max_context_tokens(config, spec),
+            vocab_size=spec.vocab_size,
+            created=created_unix_s,
+        )
+        limits = Limits(max_body_bytes=config.limits.max_body_bytes, max_prompts=config.limits.max_prompts)
+        self._app = create_app(CellEngine(self._client, config.scheduler.page_tokens), tokenizer, info, limits)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+# Serve's own queue is out of the way: what is too much is for the door to say.
+INGRESS_DEPLOYMENT: Any = serve.deployment(
+    name="Ingress", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}
+)(serve.ingress()(IngressService))

@@ -1,0 +1,163 @@
+"""What every dialect checks at the door: prompts, token budgets, stops, ranges. Everything here names its field."""
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.engine.request import Request, SamplingParams
+from serve_app.ingress.faults import BadInputError
+from serve_app.model.tokenizer import Tokenizer
+
+MAX_SEED = (1 << 64) - 1
+MAX_TEMPERATURE = 100.0
+GREEDY_BELOW = 1e-6  # a temperature under this overflows the logits it divides; SGLang draws the line there too
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model as clients see it."""
+
+    name: str
+    max_context_tokens: int  # prompt and answer together
+    vocab_size: int
+    created: int  # unix seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one HTTP request may ask for."""
+
+    max_body_bytes: int = 2 << 20
+    max_prompts: int = 256  # copies by `n` included
+    max_rid_chars: int = 256
+    max_stops: int = 16
+    max_stop_chars: int = 256
+    max_status_wait_s: float = 2.0  # how long health pages wait for the engine
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: list[int]
+    name: str  # of its field
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sequence to generate, and how its tokens become text.
+
+    The client's name for it is `rid`. The engine knows it by a name of our own, `request.rid`: clients of two
+    ingress replicas, or one that retries what it has just cancelled, may well choose the same.
+    """
+
+    rid: str
+    request: Request
+    stops: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class Door:
+    """The checks that need the model or the limits. Each raises BadInputError."""
+
+    tokenizer: Tokenizer
+    model: ModelInfo
+    limits: Limits
+
+    def prompt_of_text(self, text: str, name: str) -> Prompt:
+        require(bool(text), name, "empty")
+        tokens = self.tokenizer.encode(text)
+        require(bool(tokens), name, "has no token")
+        return Prompt(tokens, name)
+
+    def prompt_of_ids(self, ids: Sequence[int], name: str) -> Prompt:
+        require(bool(ids), name, "empty")
+        self.check_ids(ids, name)
+        return Prompt(list(ids), name)
+
+    def prompt_of_messages(self, messages: list[dict[str, Any]], name: str) -> Prompt:
+        require(bool(messages), name, "empty")
+        try:
+            tokens = self.tokenizer.encode_chat(messages)
+        except ValueError as error:
+            raise BadInputError(name, str(error)) from None
+        require(bool(tokens), name, "has no token")
+        return Prompt(tokens, name)
+
+    def check_ids(self, ids: Sequence[int], name: str) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.model.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.model.vocab_size)
+            raise BadInputError(name, f"token {short(wrong)} is outside the vocabulary of {self.model.vocab_size}")
+
+    def check_count(self, num_sequences: int, name: str) -> None:
+        most = self.limits.max_prompts
+        require(num_sequences <= most, name, f"{num_sequences} sequences in one request; the limit is {most}")
+
+    def budget_tokens(self, prompt: Prompt, asked: int | None, default: int, name: str) -> int:
+        """How many tokens may be generated. What was asked for must fit; the default shrinks to what does.
+
+        SGLang and TGI refuse a sum over the context too. A prompt that leaves no room for one token is refused.
+        """
+        context, num_prompt = self.model.max_context_tokens, len(prompt.tokens)
+        room = context - num_prompt
+        require(room > 0, prompt.name, f"{num_prompt} tokens leave no room in the context of {context}")
+        if asked is None:
+            return min(default, room)
+        require(asked > 0, name, f"must be at least 1, not {short(asked)}")
+        require(asked <= room, name, f"{num_prompt} prompt tokens + {short(asked)} exceed the context of {context}")
+        return asked
+
+    def stops(self, stop: str | list[str] | None, name: str, max_stops: int | None = None) -> tuple[str, ...]:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        most = self.limits.max_stops if max_stops is None else max_stops
+        require(len(stops) <= most, name, f"{len(stops)} stop strings; the limit is {most}")
+        require(all(stops), name, "a stop string is empty")
+        longest = self.limits.max_stop_chars
+        require(max(map(len, stops), default=0) <= longest, name, f"a stop string is over {longest} characters")
+        return stops
+
+    def top_k(self, value: int) -> int:
+        """The engine's form: 0 keeps all."""
+        return value if 0 < value < self.model.vocab_size else 0
+
+
+def new_request(prompt: Prompt, sampling: SamplingParams) -> Request:
+    return Request(uuid.uuid4().hex, prompt.tokens, sampling)
+
+
+def require(holds: bool, name: str, problem: str) -> None:
+    if not holds:
+        raise BadInputError(name, problem)
+
+
+def short(value: float) -> str:
+    """A client's number in a message: never longer than a line."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def temperature(value: float, name: str) -> float:
+    in_range(value, 0.0, MAX_TEMPERATURE, name)
+    return 0.0 if value < GREEDY_BELOW else value
+
+
+def seed(value: int | None, name: str) -> int:
+    """The client's seed, or one drawn here: sampling has no other source of chance."""
+    if value is None:
+        return secrets.randbits(64)
+    require(0 <= value <= MAX_SEED, name, f"must be a 64-bit unsigned integer, not {short(value)}")
+    return value
+
+
+def in_range(value: float, low: float, high: float, name: str, *, open_low: bool = False) -> None:
+    above = value > low if open_low else value >= low
+    bracket = "(" if open_low else "["
+    require(above and value <= high, name, f"must be in {bracket}{low:g}, {high:g}], not {short(value)}")
+
+
+def refuse_unsupported(fields: object, neutral: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Fields of the dialect that this server does not have yet may be null or one of their neutral values."""
+    for name, values in neutral.items():
+        value = getattr(fields, name)
+        require(value is None or value in values, f"{prefix}{name}", "not supported by this server")

@@ -1,0 +1,61 @@
+"""Health that tells the truth: `/livez` the process, `/readyz` whether new traffic is welcome, `/health` why."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from serve_app.ingress.client import Engine, EngineStatus, EngineUnavailableError
+
+
+async def ask(engine: Engine, max_wait_s: float) -> EngineStatus:
+    """The engine's status; one that does not answer is not live, with the reason."""
+    try:
+        return await asyncio.wait_for(engine.status(), max_wait_s)
+    except TimeoutError:
+        return EngineStatus(live=False, ready=False, reason=f"the engine has not answered within {max_wait_s:g} s")
+    except EngineUnavailableError as error:
+        return EngineStatus(live=False, ready=False, reason=str(error))
+
+
+def health_routes(engine: Engine, max_wait_s: float) -> APIRouter:
+    """The three routes. Each answer is JSON."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/livez")
+    async def livez() -> Response:
+        """200 as long as this process serves."""
+        return json_response(200, {"status": "live"})
+
+    @router.get("/readyz", responses={503: {"description": "Not now; `reason` says what is awaited"}})
+    async def readyz() -> Response:
+        """200 when new traffic is welcome."""
+        status = await ask(engine, max_wait_s)
+        if status.live and status.ready:
+            return json_response(200, {"status": "ready"})
+        return json_response(503, {"status": "not ready", "reason": status.reason})
+
+    @router.get("/health", responses={503: {"description": "The engine is not there"}})
+    async def health() -> Response:
+        """The engine's own account. 503 when it does not answer."""
+        status = await ask(engine, max_wait_s)
+        return json_response(200 if status.live else 503, {"status": _word(status), **_detail(status)})
+
+    return router
+
+
+def _word(status: EngineStatus) -> str:
+    if not status.live:
+        return "unreachable"
+    return "ready" if status.ready else "not ready"
+
+
+def _detail(status: EngineStatus) -> dict[str, Any]:
+    detail: dict[str, Any] = msgspec.to_builtins(status)
+    return detail
+
+
+def json_response(status: int, content: Any) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -1,0 +1,97 @@
+"""Server-sent events, and doing work only as long as the client is there."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve_app.errors import OctavoError
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before it was answered."""
+
+
+def sse_event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; if the client goes first, `work` is cancelled and ClientGoneError raised.
+
+    Returns only when `work` has ended, its clean-up included. The body must have been read.
+    """
+    tasks = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientGoneError
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends chunks of whole events as they come, and closes their generator when the client goes.
+
+    The response starts with the first chunk: what fails before it is answered by `refuse`, with a status of its
+    own; what fails later becomes the chunk that `report` makes of it. Then `end` follows.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        end: bytes,
+        refuse: Callable[[OctavoError], Response],
+        report: Callable[[OctavoError], bytes],
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._end = end
+        self._refuse = refuse
+        self._report = report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            refused = await unless_gone(receive, self._send_all(send))
+        except ClientGoneError:
+            return
+        if refused is not None:
+            await refused(scope, receive, send)
+
+    async def _send_all(self, send: Send) -> Response | None:
+        """Stream to the end; or the response to give instead, when nothing has been sent."""
+        async with aclosing(self._chunks) as chunks:
+            try:
+                first = await anext(chunks)
+            except OctavoError as error:
+                return self._refuse(error)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await _send_chunk(send, first)
+            try:
+                async for chunk in chunks:
+                    await _send_chunk(send, chunk)
+            except OctavoError as error:
+                await _send_chunk(send, self._report(error))
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
+        return None
+
+
+async def _send_chunk(send: Send, chunk: bytes) -> None:
+    if chunk:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -1,0 +1,243 @@
+"""`POST /generate` as Text Generation Inference speaks it: `inputs`, one prompt.
+
+The rules are those of TGI's router (`router/src/validation.rs`): an unset `do_sample` means greedy unless a
+temperature, top_k or top_p asks for sampling. Two are wider: a neutral `top_p` of 1 is no error, and an explicit
+`do_sample: false` is greedy whatever else is set. A stream has one event per token; their texts, special tokens
+left out, add up to `generated_text`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from serve_app.engine.request import SamplingParams
+from serve_app.errors import OctavoError
+from serve_app.ingress.body import decode
+from serve_app.ingress.client import EngineUnavailableError
+from serve_app.ingress.door import (
+    GREEDY_BELOW,
+    MAX_TEMPERATURE,
+    Door,
+    Job,
+    Prompt,
+    in_range,
+    new_request,
+    refuse_unsupported,
+    require,
+    seed,
+    short,
+)
+from serve_app.ingress.faults import BadInputError, BodyTooLargeError, GenerationError
+from serve_app.ingress.output import Finish, Output, Piece
+from serve_app.ingress.sse import sse_event
+from serve_app.model.tokenizer import Tokenizer
+
+PROMPT_FIELDS = frozenset({"inputs"})
+DEFAULT_NEW_TOKENS = 100
+MAX_STOPS = 4
+
+
+class TgiParameters(msgspec.Struct, forbid_unknown_fields=True):
+    """`parameters` as written. Null is unset. See _NEUTRAL for those that must stay neutral."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    do_sample: bool | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    truncate: int | None = None
+    details: bool | None = None
+    return_full_text: bool | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    watermark: bool | None = None
+    decoder_input_details: bool | None = None
+    best_of: int | None = None
+    top_n_tokens: int | None = None
+    grammar: Any = None
+    adapter_id: Any = None
+
+
+class TgiFields(msgspec.Struct, forbid_unknown_fields=True):
+    inputs: str
+    parameters: TgiParameters | None = None
+    stream: bool | None = None
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1.0,),
+    "repetition_penalty": (1.0,),
+    "frequency_penalty": (0.0,),
+    "watermark": (False,),
+    "decoder_input_details": (False,),
+    "best_of": (1,),
+    "top_n_tokens": (0,),
+    "grammar": (),
+    "adapter_id": (),
+}
+
+
+def parse(body: bytes, door: Door) -> "TgiCall":
+    """Validate and tokenize. Raises BadInputError."""
+    fields = decode(body, TgiFields)
+    parameters = fields.parameters or TgiParameters()
+    refuse_unsupported(parameters, _NEUTRAL, "parameters.")
+    stream, details = bool(fields.stream), bool(parameters.details)
+    prompt = _prompt(door, fields.inputs, parameters.truncate)
+    sampling = _sampling(door, prompt, parameters, logprobs=stream or details)
+    stops = door.stops(parameters.stop, "parameters.stop", MAX_STOPS)
+    prefix = fields.inputs if parameters.return_full_text else ""
+    request = new_request(prompt, sampling)
+    job = Job(request.rid, request, stops)
+    return TgiCall([job], stream, details, prefix, door.tokenizer)
+
+
+def _prompt(door: Door, text: str, truncate: int | None) -> Prompt:
+    prompt = door.prompt_of_text(text, "inputs")
+    if truncate is None:
+        return prompt
+    most = door.model.max_context_tokens
+    in_range(truncate, 1, most, "parameters.truncate")
+    return Prompt(prompt.tokens[-truncate:], prompt.name)
+
+
+def _sampling(door: Door, prompt: Prompt, fields: TgiParameters, *, logprobs: bool) -> SamplingParams:
+    heat = 1.0 if fields.temperature is None else fields.temperature
+    in_range(heat, 0.0, MAX_TEMPERATURE, "parameters.temperature", open_low=True)
+    top_p = 1.0 if fields.top_p is None else fields.top_p
+    in_range(top_p, 0.0, 1.0, "parameters.top_p", open_low=True)
+    top_k = fields.top_k
+    require(top_k is None or top_k > 0, "parameters.top_k", f"must be positive, not {short(top_k or 0)}")
+    max_new = door.budget_tokens(prompt, fields.max_new_tokens, DEFAULT_NEW_TOKENS, "parameters.max_new_tokens")
+    is_sampled = _is_sampled(fields) and heat >= GREEDY_BELOW
+    return SamplingParams(
+        max_new_tokens=max_new,
+        temperature=heat if is_sampled else 0.0,
+        top_k=door.top_k(top_k or 0),
+        top_p=top_p,
+        seed=seed(fields.seed, "parameters.seed"),
+        logprobs=logprobs,
+    )
+
+
+def _is_sampled(fields: TgiParameters) -> bool:
+    if fields.do_sample is not None:
+        return fields.do_sample
+    return any(value is not None for value in (fields.temperature, fields.top_k, fields.top_p))
+
+
+class _Token(msgspec.Struct):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class _Details(msgspec.Struct):
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None  # null where nothing was sampled
+    prefill: list[_Token]
+    tokens: list[_Token]
+
+
+class _StreamDetails(msgspec.Struct):
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class _Answer(msgspec.Struct, omit_defaults=True):
+    generated_text: str
+    details: _Details | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Event(msgspec.Struct):
+    index: int  # of the token, from 1
+    token: _Token
+    generated_text: str | None = None
+    details: _StreamDetails | None = None
+
+
+_NO_TOKEN = Piece(0, None, "", special=True)  # for an end that came without one: the last event must have a token
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class TgiCall:
+    """A validated request. Its answers and events are TGI's."""
+
+    jobs: Sequence[Job]
+    stream: bool
+    details: bool
+    prefix: str  # the prompt, where the full text is asked for
+    tokenizer: Tokenizer
+    end: bytes = b""
+
+    def answer(self, outputs: list[Output]) -> bytes:
+        output = outputs[0]
+        finish_reason = _finish_reason(output.finish)
+        answer = _Answer(self.prefix + output.text)
+        if self.details:
+            tokens = [self._token(piece) for piece in output.pieces]
+            answer.details = _Details(finish_reason, len(tokens), self._seed(), [], tokens)
+        return _encode(answer)
+
+    def events(self, index: int, output: Output, pieces: list[Piece]) -> bytes:
+        if output.finish is not None and not pieces:
+            pieces = [_NO_TOKEN]
+        first = len(output.pieces) - len(pieces) + 1
+        events = [_Event(first + i, self._token(piece)) for i, piece in enumerate(pieces)]
+        if output.finish is not None:
+            finish_reason = _finish_reason(output.finish)
+            num_prompt = len(self.jobs[index].request.prompt)
+            events[-1].generated_text = self.prefix + output.text
+            events[-1].details = _StreamDetails(finish_reason, len(output.pieces), self._seed(), num_prompt)
+        return b"".join(sse_event(_encode(event)) for event in events)
+
+    def _token(self, piece: Piece) -> _Token:
+        """A special token shows its own name, unless it carries text that was held back before it."""
+        if piece is _NO_TOKEN:
+            return _Token(piece.token, piece.text, piece.logprob, piece.special)
+        special = piece.special and not piece.text
+        text = self.tokenizer.decode([piece.token], skip_special_tokens=False) if special else piece.text
+        return _Token(piece.token, text, piece.logprob, special)
+
+    def _seed(self) -> int | None:
+        sampling = self.jobs[0].request.sampling
+        return sampling.seed if sampling.temperature > 0 else None
+
+
+def _finish_reason(finish: Finish | None) -> str:
+    match finish:
+        case Finish("length"):
+            return "length"
+        case Finish("stop", str()):
+            return "stop_sequence"
+        case Finish("stop"):
+            return "eos_token"
+    raise GenerationError("the request was aborted")  # TGI has no word for it
+
+
+def fault(error: OctavoError) -> tuple[int, bytes]:
+    """HTTP status and JSON body as TGI's router gives them, with the field added."""
+    match error:
+        case BodyTooLargeError():
+            status, kind, message = 413, "validation", f"Input validation error: {error}"
+        case BadInputError():
+            status, kind, message = 422, "validation", f"Input validation error: {error}"
+        case EngineUnavailableError():
+            status, kind, message = 503, "unavailable", str(error)
+        case _:
+            status, kind, message = 424, "generation", f"Request failed during generation: {error}"
+    body: dict[str, Any] = {"error": message, "error_type": kind}
+    if isinstance(error, BadInputError):
+        body["field"] = error.field
+    return status, _encode(body)

@@ -1,0 +1,163 @@
+"""Mixture of experts: the gate, the experts' weights, and the combination of their outputs.
+
+Shapes: T tokens, D hidden size, E experts, K experts per token, N = T * K rows sorted by expert, F expert width.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from serve_app.model.layers import Linear
+from serve_app.model.spec import ModelSpec
+
+
+class Weights(Protocol):
+    """Where weights come from: `Checkpoint`, or `random_checkpoint`."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class Experts(Protocol):
+    """Runs each token through its experts, wherever they live."""
+
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        """The experts' outputs y_TKD, not yet weighted."""
+
+
+def route(x_TD: Tensor, gate: Linear | None, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """(ids_TK, weights_TK in fp32): the K likeliest experts, likeliest first; between equals the lower id.
+
+    A dense model has no gate: every token goes to expert 0 with weight 1.
+    """
+    if gate is None:
+        shape = (len(x_TD), 1)
+        return torch.zeros(shape, dtype=torch.int64, device=x_TD.device), torch.ones(shape, device=x_TD.device)
+    probs_TE = gate(x_TD).float().softmax(-1)
+    sorted_TE, ids_TE = torch.sort(probs_TE, dim=-1, descending=True, stable=True)
+    weights_TK = sorted_TE[:, : spec.top_k]
+    if spec.norm_topk:
+        weights_TK = weights_TK / _sum_in_order(weights_TK)
+    return ids_TE[:, : spec.top_k], weights_TK
+
+
+def _sum_in_order(weights_TK: Tensor) -> Tensor:
+    """T1: one addition after another, so that no kernel chooses the order."""
+    total_T1 = weights_TK[:, :1]
+    for k in range(1, weights_TK.shape[1]):
+        total_T1 = total_T1 + weights_TK[:, k : k + 1]
+    return total_T1
+
+
+def group_by_expert(ids_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Sort the rows (token, k) by expert, keeping token order within each.
+
+    Returns (order_N, experts, counts): order_N holds token * K + k; `experts` are those with rows, ascending, and
+    `counts` their numbers of rows.
+    """
+    flat_N = ids_TK.reshape(-1)
+    num_rows = torch.bincount(flat_N).tolist()
+    experts = [expert for expert, count in enumerate(num_rows) if count]
+    return torch.argsort(flat_N, stable=True), experts, [num_rows[expert] for expert in experts]
+
+
+def combine(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """Weighted sum over K in top-k order, in fp32, cast back to the dtype of `y_TKD`. Shape TD."""
+    total_TD = y_TKD[:, 0] * weights_TK[:, 0, None]
+    for k in range(1, y_TKD.shape[1]):
+        total_TD += y_TKD[:, k] * weights_TK[:, k, None]
+    return total_TD.to(y_TKD.dtype)
+
+
+class LocalExperts:
+    """`Experts` that all live in one host, in this process."""
+
+    def __init__(self, host: "ExpertHost") -> None:
+        self._host = host
+
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        order_N, experts, counts = group_by_expert(ids_TK)
+        rows_ND = x_TD.index_select(0, order_N // ids_TK.shape[1])
+        y_ND = self._host.forward(layer, rows_ND, experts, counts)
+        return torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*ids_TK.shape, -1)
+
+
+class ExpertHost:
+    """The weights of a set of (layer, expert), and the arithmetic of them: down(silu(gate(x)) * up(x)).
+
+    On CUDA in bf16 one grouped GEMM runs a layer's experts (exercised only where there is CUDA); elsewhere one after
+    another.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._width = spec.expert_size
+        self._gate_up: dict[tuple[int, int], Linear] = {}  # weights (2F, D): gate above up
+        self._down: dict[tuple[int, int], Linear] = {}
+        self._stacks: dict[int, _Stack] = {}  # CUDA only
+
+    def load(self, weights: Weights, layer: int, expert: int) -> None:
+        """Read and pack one expert. Raises KeyError where the checkpoint has no such expert."""
+        name = f"layers.{layer}.experts.{expert}"
+        gate_up = torch.cat([weights.tensor(f"{name}.gate"), weights.tensor(f"{name}.up")])
+        self._gate_up[layer, expert] = Linear(gate_up, None, self.dtype, self.device)
+        self._down[layer, expert] = Linear(weights.tensor(f"{name}.down"), None, self.dtype, self.device)
+        self._stacks.pop(layer, None)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Free one expert's weights. Raises KeyError where it is not held."""
+        del self._gate_up[layer, expert], self._down[layer, expert]
+        self._stacks.pop(layer, None)
+
+    def forward(self, layer: int, x_ND: Tensor, experts: list[int], counts: list[int]) -> Tensor:
+        """Rows sorted by expert (first counts[0] rows of experts[0], ...; `experts` ascending) -> y_ND."""
+        with torch.inference_mode():
+            if self.device.type == "cuda" and self.dtype == torch.bfloat16:
+                return self._stack(layer).forward(x_ND, experts, counts)
+            gate_up = [self._gate_up[layer, expert] for expert in experts]
+            down = [self._down[layer, expert] for expert in experts]
+            return _run_each(down, _silu_mul(_run_each(gate_up, x_ND, counts), self._width), counts)
+
+    def _stack(self, layer: int) -> "_Stack":
+        if layer not in self._stacks:
+            held = sorted(expert for of_layer, expert in self._gate_up if of_layer == layer)
+            gate_up = [self._gate_up[layer, expert] for expert in held]
+            self._stacks[layer] = _Stack(held, gate_up, [self._down[layer, expert] for expert in held])
+        return self._stacks[layer]
+
+
+def _run_each(linears: list[Linear], x_NI: Tensor, counts: list[int]) -> Tensor:
+    if len(linears) == 1:
+        return linears[0](x_NI)
+    return torch.cat([linear(part) for linear, part in zip(linears, torch.split(x_NI, counts), strict=True)])
+
+
+def _silu_mul(gate_up_NF: Tensor, width: int) -> Tensor:
+    return F.silu(gate_up_NF[:, :width]).mul_(gate_up_NF[:, width:])
+
+
+class _Stack:
+    """A layer's experts in two tensors for `grouped_mm` on CUDA; the single weights become views of them."""
+
+    def __init__(self, held: list[int], gate_up: list[Linear], down: list[Linear]) -> None:
+        self._held = held
+        self._gate_up_EFD, self._down_EDF = _stacked(gate_up), _stacked(down)
+
+    def forward(self, x_ND: Tensor, experts: list[int], counts: list[int]) -> Tensor:
+        num_rows = dict(zip(experts, counts, strict=True))
+        counts_E = torch.tensor([num_rows.get(expert, 0) for expert in self._held])
+        ends_E = counts_E.cumsum(0).to(x_ND.device, torch.int32)
+        gate_up_NF = F.grouped_mm(x_ND, self._gate_up_EFD.transpose(1, 2), offs=ends_E)
+        inner_NF = _silu_mul(gate_up_NF, self._down_EDF.shape[2])
+        return F.grouped_mm(inner_NF, self._down_EDF.transpose(1, 2), offs=ends_E)
+
+
+def _stacked(linears: list[Linear]) -> Tensor:
+    stack = torch.stack([linear.weight for linear in linears])
+    for linear, weight in zip(linears, stack, strict=True):
+        linear.weight = weight
+    return stack

@@ -1,0 +1,147 @@
+"""Consecutive layers of a model with their KV cache: what one worker of a pipeline computes.
+
+Shapes: T tokens of the step, D hidden size, H query heads, N query and KV heads together, C head size,
+R rows that are sampled, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve_app.model.attention import PagedKV, attend
+from serve_app.model.batch import Batch
+from serve_app.model.block import Block
+from serve_app.model.layers import Linear, Norm
+from serve_app.model.moe import ExpertHost, Experts, Weights, combine, route
+from serve_app.model.rope import Rope
+from serve_app.model.spec import ModelSpec
+from serve_app.model.tiles import Heads, plan_attention
+from serve_app.model.timing import Part, StepTimer
+
+
+def kv_bytes_per_page(spec: ModelSpec, num_layers: int, page_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of K and V that one page takes in a stage of `num_layers` layers."""
+    return 2 * num_layers * page_tokens * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
+def load_experts(weights: Weights, host: ExpertHost, pairs: list[tuple[int, int]]) -> None:
+    """Put the experts (layer, expert) of `pairs` into `host`."""
+    for layer, expert in pairs:
+        host.load(weights, layer, expert)
+
+
+@dataclass
+class Stage:
+    """Layers [layers.start, layers.stop), with the embedding before the model's first and the head after its last."""
+
+    spec: ModelSpec
+    layers: range
+    page_tokens: int
+    device: torch.device
+    heads: Heads
+    kv: PagedKV
+    rope: Rope
+    blocks: list[Block]
+    embed_VD: Tensor | None  # on the first stage
+    norm: Norm | None  # on the last
+    head: Linear | None  # on the last
+    timer: StepTimer | None = None
+
+    @classmethod
+    def load(
+        cls,
+        weights: Weights,
+        layers: range,
+        *,
+        num_pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        timer: StepTimer | None = None,
+    ) -> "Stage":
+        """Read all but the experts of `layers`. Raises ValueError where `page_tokens` does not divide the KV block."""
+        spec = weights.spec
+        heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        is_last = layers.stop == spec.num_layers
+        return cls(
+            spec=spec,
+            layers=layers,
+            page_tokens=page_tokens,
+            device=device,
+            heads=heads,
+            kv=PagedKV(
+                heads,
+                num_layers=len(layers),
+                num_pages=num_pages,
+                page_tokens=page_tokens,
+                dtype=dtype,
+                device=device,
+            ),
+            rope=Rope(spec.rope, spec.head_dim, min(spec.max_positions, num_pages * page_tokens), device),
+            blocks=[Block.load(weights, layer, dtype, device) for layer in layers],
+            embed_VD=weights.tensor("embed").to(device, dtype) if layers.start == 0 else None,
+            norm=Norm(weights.tensor("norm"), spec.norm_eps, dtype, device) if is_last else None,
+            head=_load_head(weights, dtype, device) if is_last else None,
+            timer=timer,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        return self.embed_VD is not None
+
+    @property
+    def is_last(self) -> bool:
+        return self.head is not None
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden_TD: Tensor | None, experts: Experts) -> Tensor:
+        """One step. The first stage takes None for `hidden_TD`, the others what the stage before returned.
+
+        Returns the next stage's `hidden_TD`; on the last stage logits_RV, one row for each slice that has `sample`,
+        in plan order and in the stage's dtype. Writes the step's keys and values into the stage's pages.
+        """
+        if self.timer:
+            self.timer.start()
+        x_TD = self._enter(batch, hidden_TD)
+        work = plan_attention(batch, self.heads)
+        angles = self.rope.at(batch.positions_T)
+        self._lap("other")
+        for index, block in enumerate(self.blocks):
+            q_THC, k_TNC, v_TNC = block.project(x_TD, angles)
+            self._lap("other")
+            self.kv.write(index, work, k_TNC, v_TNC)
+            attended = attend(self.kv, index, work, q_THC)
+            self._lap("attention")
+            x_TD = x_TD + block.output(attended)
+            h_TD = block.mlp_norm(x_TD)
+            ids_TK, weights_TK = route(h_TD, block.gate, self.spec)
+            self._lap("other")
+            y_TKD = experts(self.layers[index], h_TD, ids_TK)
+            x_TD = x_TD + combine(y_TKD, weights_TK)
+            self._lap("experts")
+        return self._leave(batch, x_TD)
+
+    def _enter(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
+        if self.embed_VD is not None:
+            return self.embed_VD[batch.token_ids_T]
+        assert hidden_TD is not None, "only the first stage begins from token ids"
+        return hidden_TD
+
+    def _leave(self, batch: Batch, x_TD: Tensor) -> Tensor:
+        if self.head is None or self.norm is None:
+            return x_TD
+        if not len(batch.sample_rows_R):
+            return x_TD.new_empty(0, self.spec.vocab_size)
+        logits_RV = self.head(self.norm(x_TD[batch.sample_rows_R]))
+        self._lap("head")
+        return logits_RV
+
+    def _lap(self, part: Part) -> None:
+        if self.timer:
+            self.timer.lap(part)
+
+
+def _load_head(weights: Weights, dtype: torch.dtype, device: torch.device) -> Linear:
+    name = "embed" if weights.spec.tie_embeddings else "head"
+    return Linear(weights.tensor(name), None, dtype, device)

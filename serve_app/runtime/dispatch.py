@@ -1,0 +1,133 @@
+"""Expert dispatch over the mesh: rows go from their home worker straight to the workers that the table names.
+
+There is no collective: a worker that waits for its own rows serves the calls of its peers meanwhile, so replicas of
+different pace, or an idle one, never hold each other up.
+
+Shapes: T tokens, D hidden size, K experts per token, N = T * K rows.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from serve_app.model.moe import ExpertHost, group_by_expert
+from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
+from serve_app.runtime.mesh import Mesh
+from serve_app.runtime.wire import ExpertCall, ExpertReply
+
+WAIT_LIMIT_S = 60.0  # for a peer's rows; its death ends the epoch, and with it the wait, much sooner
+
+
+class MeshExperts:
+    """`Experts` of one epoch: runs rows on the workers that host their experts, itself among them."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        host: ExpertHost,
+        *,
+        epoch: int,
+        name: str,
+        group: list[str],
+        tables: dict[int, list[int]],
+        pump: Callable[[float], None],
+    ) -> None:
+        """`group`: names by rank. `tables`: layer -> rank by expert. `pump(timeout_s)` handles one incoming message."""
+        self._mesh, self._host, self._pump = mesh, host, pump
+        self._epoch, self._name, self._group, self._tables = epoch, name, group, tables
+        self._own_rank = group.index(name)
+        self._num_calls = 0
+        self._awaited: dict[int, Tensor | None] = {}
+        self.loads: dict[tuple[int, int], int] = {}  # tokens run here, by (layer, expert), since last taken
+
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        """Rows of each token through its K experts, y_TKD, wherever they live."""
+        num_tokens, top_k = ids_TK.shape
+        order_N, experts, counts = group_by_expert(ids_TK)
+        x_ND = x_TD[order_N // top_k]
+        spans = self._spans(layer, experts, counts)
+        calls = {rank: self._call(layer, rank, x_ND, span) for rank, span in spans.items() if rank != self._own_rank}
+        y_ND = torch.empty_like(x_ND)
+        if own := spans.get(self._own_rank):
+            y_ND[own.rows] = self._run(layer, x_ND[own.rows], own.experts, own.counts)
+        for rank, call in calls.items():
+            y_ND[spans[rank].rows] = self._await(call, layer, rank)
+        y_TKD = torch.empty_like(y_ND)
+        y_TKD[order_N] = y_ND
+        return y_TKD.view(num_tokens, top_k, -1)
+
+    def serve(self, message: ExpertCall, frame: memoryview) -> None:
+        """Run a peer's rows and send them back."""
+        x_ND = read_tensor(message.dtype, message.shape, frame, self._host.device)
+        y_ND = self._run(message.layer, x_ND, message.experts, message.counts)
+        reply = ExpertReply(self._epoch, message.call, *tensor_header(y_ND))
+        self._mesh.send(message.sender, reply, tensor_frame(y_ND))
+
+    def accept(self, message: ExpertReply, frame: memoryview) -> None:
+        """Take the rows of a call that this worker made."""
+        if message.call in self._awaited:
+            self._awaited[message.call] = read_tensor(message.dtype, message.shape, frame, self._host.device)
+
+    def take_loads(self) -> list[tuple[int, int, int]]:
+        loads, self.loads = self.loads, {}
+        return [(layer, expert, count) for (layer, expert), count in loads.items()]
+
+    def _run(self, layer: int, x_ND: Tensor, experts: list[int], counts: list[int]) -> Tensor:
+        for expert, count in zip(experts, counts, strict=True):
+            self.loads[layer, expert] = self.loads.get((layer, expert), 0) + count
+        return self._host.forward(layer, x_ND, experts, counts)
+
+    def _spans(self, layer: int, experts: list[int], counts: list[int]) -> "dict[int, _Span]":
+        """Which rows of x_ND (sorted by expert) each rank takes."""
+        table = self._tables[layer]
+        spans: dict[int, _Span] = {}
+        start = 0
+        for expert, count in zip(experts, counts, strict=True):
+            span = spans.setdefault(table[expert], _Span())
+            span.experts.append(expert)
+            span.counts.append(count)
+            span.pieces.append(range(start, start + count))
+            start += count
+        return spans
+
+    def _call(self, layer: int, rank: int, x_ND: Tensor, span: "_Span") -> int:
+        self._num_calls += 1
+        rows_ND = x_ND[span.rows]
+        dtype, shape = tensor_header(rows_ND)
+        call = ExpertCall(self._epoch, self._num_calls, self._name, layer, span.experts, span.counts, dtype, shape)
+        self._awaited[self._num_calls] = None
+        self._mesh.send(self._group[rank], call, tensor_frame(rows_ND))
+        return self._num_calls
+
+    def _await(self, call: int, layer: int, rank: int) -> Tensor:
+        deadline = time.monotonic() + WAIT_LIMIT_S
+        while (rows := self._awaited[call]) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{self._name} waited {WAIT_LIMIT_S:.0f} s for {self._group[rank]} to run experts of layer {layer}"
+                    f" in epoch {self._epoch}"
+                )
+            self._pump(1.0)
+        del self._awaited[call]
+        return rows
+
+
+class _Span:
+    """The experts that one rank runs, and where their rows lie in x_ND."""
+
+    __slots__ = ("counts", "experts", "pieces")
+
+    def __init__(self) -> None:
+        self.experts: list[int] = []
+        self.counts: list[int] = []
+        self.pieces: list[range] = []
+
+    @property
+    def rows(self) -> Tensor | slice:
+        """A slice where the pieces touch (a view, no copy), else an index."""
+        first, last = self.pieces[0], self.pieces[-1]
+        if last.stop - first.start == sum(self.counts):
+            return slice(first.start, last.stop)
+        return torch.cat([torch.arange(piece.start, piece.stop) for piece in self.pieces])

@@ -1,0 +1,199 @@
+"""The engine's own thread: one inbox in, one EngineCore, one outbox per worker and ingress replica.
+
+The core decides; this loop only carries messages to it and its commands away. It drains the inbox before it sends
+tokens, so that what one step emits leaves as one message per ingress replica.
+"""
+
+import logging
+import time
+from collections import defaultdict
+
+from serve_app.engine.core import EngineCore
+from serve_app.engine.plan import Begin, Cancel, Command, Emit, Run, StepDone, Submit
+from serve_app.engine.request import Emission
+from serve_app.runtime.mesh import Mesh
+from serve_app.runtime.wire import (
+    Attach,
+    Form,
+    From,
+    Hello,
+    Join,
+    Joined,
+    Lost,
+    Member,
+    Message,
+    Phase,
+    Status,
+    Stop,
+    Tokens,
+)
+
+log = logging.getLogger(__name__)
+
+STATUS_S = 1.0  # between two status messages to an ingress replica
+INGRESS_SILENT_S = 10.0  # after this long without a word from an ingress replica its requests are cancelled
+DRAIN_LIMIT = 1_000  # messages handled before tokens are sent, however many more wait
+
+
+class EngineLoop:
+    """Runs until a `Stop` arrives. All state is touched by the thread in `run` only."""
+
+    def __init__(self, core: EngineCore, mesh: Mesh) -> None:
+        self._core = core
+        self._mesh = mesh
+        self._hellos: dict[str, Hello] = {}
+        self._form: Form | None = None  # the newest
+        self._epoch = 0  # the newest that began
+        self._awaited: set[str] = set()  # workers that have not joined the epoch being formed
+        self._seats: dict[tuple[int, int], str] = {}
+        self._owners: dict[str, str] = {}  # rid -> ingress replica
+        self._heard_s: dict[str, float] = {}  # ingress replica -> when it was last heard
+        self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
+        self._ready = False
+        self._reason = "starting"
+        self._told_s = 0.0
+        self._stopped = False
+
+    def run(self) -> None:
+        while not self._stopped:
+            self._drain()
+            for name, emissions in self._outbox.items():
+                self._mesh.send(name, Tokens(emissions))
+            self._outbox.clear()
+            self._tick()
+
+    def _drain(self) -> None:
+        received = self._mesh.receive(STATUS_S)
+        for _ in range(DRAIN_LIMIT):
+            if received is None:
+                return
+            self._handle(received.message)
+            received = self._mesh.receive(0)
+        if received is not None:
+            self._handle(received.message)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case StepDone():
+                self._on(message)
+            case From(name, event):
+                self._enter(name, event)
+            case Attach(name, address):
+                self._attach(name, address)
+            case Hello():
+                self._hellos[message.name] = message
+                self._try_join()
+            case Form():
+                self._form = message
+                self._try_join()
+            case Joined(epoch, name) if self._form and epoch == self._form.epoch:
+                self._joined(name)
+            case Lost(name, why):
+                self._hellos.pop(name, None)
+                self._not_ready(f"worker {name} was lost: {why}")
+            case Phase(reason):
+                self._not_ready(reason)
+            case Stop():
+                self._stop()
+            case _:
+                log.warning("the engine does not know what to do with %s", type(message).__name__)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str, event: Submit | Cancel) -> None:
+        if isinstance(event, Submit):
+            self._owners[event.request.rid] = name
+        self._on(event)
+
+    def _on(self, event: Begin | Submit | Cancel | StepDone) -> None:
+        self._obey(self._core.on(event, time.monotonic()))
+
+    def _obey(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Run(plan):
+                    for name in self._stages_of(plan.replica):
+                        self._mesh.send(name, plan)
+                case Emit(emission):
+                    owner = self._owners.get(emission.rid)
+                    if emission.finish:
+                        self._owners.pop(emission.rid, None)
+                    if owner:
+                        self._outbox[owner].append(emission)
+
+    def _stages_of(self, replica: int) -> list[str]:
+        return [name for (_, seat_replica), name in self._seats.items() if seat_replica == replica]
+
+    # -- ingress replicas -----------------------------------------------------------------------------------------
+
+    def _attach(self, name: str, address: str) -> None:
+        known = name in self._heard_s
+        self._heard_s[name] = time.monotonic()
+        if not known:
+            self._mesh.connect(name, address)
+            self._mesh.send(name, self._status())
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._told_s < STATUS_S:
+            return
+        self._tell()
+        for name in [name for name, heard_s in self._heard_s.items() if now - heard_s > INGRESS_SILENT_S]:
+            self._detach(name)
+
+    def _detach(self, name: str) -> None:
+        log.warning("ingress %s has been silent for %.0f s: its requests are cancelled", name, INGRESS_SILENT_S)
+        del self._heard_s[name]
+        self._mesh.disconnect(name)
+        for rid in [rid for rid, owner in self._owners.items() if owner == name]:
+            del self._owners[rid]
+            self._on(Cancel(rid))
+
+    def _tell(self) -> None:
+        self._told_s = time.monotonic()
+        status = self._status()
+        for name in self._heard_s:
+            self._mesh.send(name, status)
+
+    def _status(self) -> Status:
+        return Status(self._ready, self._reason, self._epoch, self._core.stats())
+
+    # -- membership -----------------------------------------------------------------------------------------------
+
+    def _try_join(self) -> None:
+        """Call the workers of the newest form into its epoch, once all of them have said hello."""
+        form = self._form
+        if form is None or form.epoch == self._epoch:
+            return
+        missing = [name for name, _, _ in form.seats if name not in self._hellos]
+        if missing:
+            self._not_ready(f"{len(form.seats) - len(missing)} of {len(form.seats)} workers have loaded")
+            return
+        members = [Member(name, self._hellos[name].address, stage, replica) for name, stage, replica in form.seats]
+        self._seats = {(member.stage, member.replica): member.name for member in members}
+        self._awaited = {member.name for member in members}
+        for member in members:
+            self._mesh.connect(member.name, member.address)
+            self._mesh.send(member.name, Join(form.epoch, members, form.tables[member.stage]))
+
+    def _joined(self, name: str) -> None:
+        self._awaited.discard(name)
+        assert self._form is not None
+        if self._awaited or self._form.epoch == self._epoch:
+            return
+        num_pages = min(self._hellos[worker].num_pages for worker in self._seats.values())
+        num_replicas = 1 + max(replica for _, replica in self._seats)
+        self._epoch = self._form.epoch
+        self._ready, self._reason = True, "ready"
+        self._tell()
+        self._on(Begin(self._epoch, num_replicas, num_pages))
+        log.info("epoch %d began: %d workers, %d KV pages each", self._epoch, len(self._seats), num_pages)
+
+    def _not_ready(self, reason: str) -> None:
+        self._ready, self._reason = False, reason
+        self._tell()
+
+    def _stop(self) -> None:
+        for name in self._seats.values():
+            self._mesh.send(name, Stop())
+        self._stopped = True

@@ -1,0 +1,148 @@
+"""The ZeroMQ mesh: each process binds one inbox and opens a socket to each peer that it speaks to.
+
+Joining is connecting, and a lost peer is silence: nothing here blocks on a peer. On loopback the sockets are plain;
+where they leave the host every socket uses CURVE with the cell's key, and only holders of that key may connect.
+"""
+
+import logging
+import threading
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from serve_app.runtime import wire
+
+log = logging.getLogger(__name__)
+
+# Messages queued to one peer before more are refused: a peer that takes none of 10,000 is not coming back, and its
+# membership ends by other means (its death, or the next epoch).
+SEND_LIMIT = 10_000
+
+
+class CellKey(NamedTuple):
+    """One CURVE key pair, shared by the processes of a cell and by nobody else (Z85 text)."""
+
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def make(cls) -> "CellKey":
+        return cls(*zmq.curve_keypair())
+
+
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("localhost", "::1")
+
+
+class Received(NamedTuple):
+    message: wire.Message
+    frame: memoryview | None
+
+
+class Mesh:
+    """One process's inbox and its sockets to others. Any thread may send; one receives."""
+
+    def __init__(self, host: str = "127.0.0.1", key: CellKey | None = None) -> None:
+        if key is None and not is_loopback(host):
+            raise ValueError(f"the mesh leaves this host by {host}: it needs the cell's key")
+        self._context = zmq.Context()
+        self._key = key
+        self._auth = self._authenticator() if key else None
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.set(zmq.MAXMSGSIZE, wire.MAX_PART_BYTES)
+        self._inbox.set(zmq.RCVHWM, 0)  # bounded by what the senders may have queued
+        if key:
+            self._inbox.curve_server = True
+            self._inbox.curve_publickey, self._inbox.curve_secretkey = key
+        port = self._inbox.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
+        self._sending = threading.Lock()  # a ZeroMQ socket may change threads, but only across a barrier
+        self.num_dropped = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def connect(self, name: str, address: str) -> None:
+        """Open (or move) the way to a peer. Returns at once, whether or not anybody listens there."""
+        with self._sending:
+            known = self._peers.get(name)
+            if known and known[0] == address:
+                return
+            if known:
+                known[1].close(0)
+            self._peers[name] = (address, self._open(address))
+
+    def _open(self, address: str) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(zmq.PUSH)
+        socket.set(zmq.SNDHWM, SEND_LIMIT)
+        socket.set(zmq.LINGER, 0)
+        if self._key:
+            socket.curve_publickey, socket.curve_secretkey = self._key
+            socket.curve_serverkey = self._key.public
+        socket.connect(address)
+        return socket
+
+    def disconnect(self, name: str) -> None:
+        with self._sending:
+            known = self._peers.pop(name, None)
+            if known:
+                known[1].close(0)
+
+    def send(self, name: str, message: wire.Message, frame: memoryview | None = None) -> None:
+        """Queue a message. To a peer that is unknown or takes no more it is dropped, counted and logged."""
+        header = wire.encode(message)
+        parts: list[bytes | memoryview] = [header] if frame is None else [header, frame]
+        with self._sending:
+            if self._try_send(name, parts):
+                return
+            self.num_dropped += 1
+        log.warning("message %s to %s dropped: the peer is unknown or takes no more", type(message).__name__, name)
+
+    def _try_send(self, name: str, parts: list[bytes | memoryview]) -> bool:
+        known = self._peers.get(name)
+        if known is None:
+            return False
+        try:
+            known[1].send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_s: float | None = 0.0) -> Received | None:
+        """The next message; None when none comes within `timeout_s` (None: wait for ever)."""
+        if not self._inbox.poll(None if timeout_s is None else round(timeout_s * 1000)):
+            return None
+        header, *frames = self._inbox.recv_multipart(zmq.NOBLOCK, copy=False)
+        try:
+            message = wire.decode(header.buffer)
+        except msgspec.MsgspecError as error:
+            self.num_dropped += 1
+            log.warning("a message that is not ours dropped: %s", error)
+            return None
+        return Received(message, frames[0].buffer if frames else None)
+
+    def close(self) -> None:
+        for _, socket in self._peers.values():
+            socket.close(0)
+        self._peers.clear()
+        self._inbox.close(0)
+        if self._auth:
+            self._auth.stop()
+        self._context.term()
+
+    def _authenticator(self) -> ThreadAuthenticator:
+        auth = ThreadAuthenticator(self._context)
+        auth.start()
+        auth.configure_curve_callback("*", credentials_provider=self)
+        return auth
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """ZAP: is this client key the cell's? (The name is pyzmq's.)"""
+        return self._key is not None and key == self._key.public

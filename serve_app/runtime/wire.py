@@ -1,0 +1,170 @@
+"""What processes of a cell say to each other: msgpack headers by msgspec, raw tensor frames behind them. No pickle.
+
+Every message that acts on a membership carries its epoch; a receiver drops those of another epoch (see `worker`).
+"""
+
+import msgspec
+
+from serve_app.engine.core import EngineStats
+from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
+from serve_app.engine.request import Emission
+
+MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 are a third of it
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """A worker and its seat. `address` is where its inbox is bound."""
+
+    name: str
+    address: str
+    stage: int
+    replica: int
+
+
+# -- membership ---------------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """A worker's first word to its engine: loaded, and listening at `address`."""
+
+    name: str
+    address: str
+    num_pages: int  # KV pages that fit in its share of memory
+    load_s: float
+    resident_bytes: int
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
+    """A new epoch begins. `table[i][e]`: rank, in the stage's expert group, that hosts expert e of its i-th layer."""
+
+    epoch: int
+    members: list[Member]
+    table: list[list[int]]
+
+
+class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
+    epoch: int
+    name: str
+
+
+class Lost(msgspec.Struct, frozen=True, array_like=True, tag="lost"):
+    """The watcher's word that a worker died, or that it could not be started."""
+
+    name: str
+    why: str
+
+
+class Form(msgspec.Struct, frozen=True, array_like=True, tag="form"):
+    """The cell's word to its engine loop: these seats and tables (one per stage) make the next epoch."""
+
+    epoch: int
+    seats: list[tuple[str, int, int]]  # name, stage, replica
+    tables: list[list[list[int]]]
+
+
+class Phase(msgspec.Struct, frozen=True, array_like=True, tag="phase"):
+    """What a cell that is not ready is waiting for, in words."""
+
+    reason: str
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    pass
+
+
+# -- a step -------------------------------------------------------------------------------------------------------
+
+
+class Hidden(msgspec.Struct, frozen=True, array_like=True, tag="hidden"):
+    """Hidden states of a step, from one stage to the next. One tensor frame [tokens, hidden_size]."""
+
+    epoch: int
+    step: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ExpertCall(msgspec.Struct, frozen=True, array_like=True, tag="expert_call"):
+    """Rows for experts that the receiver hosts. One tensor frame; the first counts[0] rows are for experts[0], ..."""
+
+    epoch: int
+    call: int
+    sender: str
+    layer: int
+    experts: list[int]
+    counts: list[int]
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ExpertReply(msgspec.Struct, frozen=True, array_like=True, tag="expert_reply"):
+    """The rows of an ExpertCall, run through their experts, in the same order. One tensor frame."""
+
+    epoch: int
+    call: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, tag="expert_load"):
+    """Tokens that `name` ran through each (layer, expert) since its last report."""
+
+    epoch: int
+    name: str
+    counts: list[tuple[int, int, int]]  # layer, expert, tokens
+
+
+# -- ingress and engine -------------------------------------------------------------------------------------------
+
+
+class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
+    """An ingress replica's first word, repeated as its heartbeat: emissions of its requests go to `address`."""
+
+    name: str
+    address: str
+
+
+class From(msgspec.Struct, frozen=True, array_like=True, tag="from"):
+    """A request or a cancellation, and the ingress replica it came from."""
+
+    name: str
+    event: Submit | Cancel
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
+    """All that one step emitted to the requests of one ingress replica."""
+
+    emissions: list[Emission]
+
+
+class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
+    """The engine's state, sent to every ingress replica once a second and when readiness changes."""
+
+    ready: bool
+    reason: str
+    epoch: int
+    stats: EngineStats
+
+
+Message = (
+    Hello
+    | Join
+    | Joined
+    | Lost
+    | Form
+    | Phase
+    | Stop
+    | Plan
+    | StepDone
+    | Hidden
+    | ExpertCall
+    | ExpertReply
+    | ExpertLoad
+    | Attach
+    | From
+    | Tokens
+    | Status
+)
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Message).decode

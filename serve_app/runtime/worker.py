@@ -1,0 +1,185 @@
+"""The worker: one process that owns one accelerator, one stage's layers of one replica, and its share of experts.
+
+It speaks only to the mesh. Everything it does is an answer to a message, and every message of another epoch is
+dropped: what the engine ends by beginning a new epoch, a worker cannot finish afterwards.
+"""
+
+import logging
+import time
+from collections import deque
+
+from torch import Tensor
+
+from serve_app.engine.plan import Plan, StepDone
+from serve_app.model.batch import Batch
+from serve_app.model.sampling import sample
+from serve_app.runtime.dispatch import MeshExperts
+from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
+from serve_app.runtime.load import Loaded, resident_bytes
+from serve_app.runtime.mesh import Mesh
+from serve_app.runtime.names import ENGINE, ROUTER
+from serve_app.runtime.wire import (
+    ExpertCall,
+    ExpertLoad,
+    ExpertReply,
+    Hello,
+    Hidden,
+    Join,
+    Joined,
+    Member,
+    Stop,
+)
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 1.0  # how long an idle worker sleeps in its inbox before it looks at the clock
+REPORT_S = 1.0  # between two reports of expert load
+
+
+class _EpochEndedError(Exception):
+    """A Join arrived in the middle of a step: the step is abandoned."""
+
+
+class Worker:
+    """The loop around a stage. `run` returns on `Stop`."""
+
+    def __init__(self, name: str, loaded: Loaded, mesh: Mesh) -> None:
+        self.name = name
+        self._mesh = mesh
+        self._loaded = loaded
+        self._stage = loaded.stage
+        self._epoch = 0
+        self._experts: MeshExperts | None = None
+        self._next: str | None = None  # the worker of the next stage; None on the last
+        self._plans: deque[Plan] = deque()
+        self._hidden: dict[int, Tensor] = {}
+        self._stopped = False
+        self._reported_s = 0.0
+        self.num_stale = 0
+
+    def run(self) -> None:
+        """Say hello, then answer messages until told to stop."""
+        self._mesh.send(
+            ENGINE,
+            Hello(
+                self.name,
+                self._mesh.address,
+                self._loaded.num_pages,
+                self._loaded.load_s,
+                resident_bytes(),
+            ),
+        )
+        while not self._stopped:
+            try:
+                self._advance()
+            except _EpochEndedError:
+                log.info("%s left a step: epoch %d began", self.name, self._epoch)
+
+    def _advance(self) -> None:
+        plan = self._runnable()
+        if plan is None:
+            self._pump(IDLE_S)
+        else:
+            self._execute(plan)
+            self._pump(0)
+        self._report()
+
+    def _runnable(self) -> Plan | None:
+        """The oldest plan, once its input is here. Steps of a replica pass through each stage in order."""
+        if not self._plans:
+            return None
+        plan = self._plans[0]
+        if self._stage.is_first or plan.step in self._hidden:
+            return self._plans.popleft()
+        return None
+
+    def _execute(self, plan: Plan) -> None:
+        assert self._experts is not None
+        batch = Batch.from_plan(plan, self._stage.page_tokens, self._stage.device)
+        output = self._stage.forward(batch, self._hidden.pop(plan.step, None), self._experts)
+        if self._next is not None:
+            header = Hidden(plan.epoch, plan.step, *tensor_header(output))
+            self._mesh.send(self._next, header, tensor_frame(output))
+            return
+        tokens, logprobs = sample(output, [part.sample for part in plan.slices if part.sample])
+        self._mesh.send(ENGINE, StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs))
+
+    def _pump(self, timeout_s: float) -> None:
+        """Handle one incoming message, if one comes in time."""
+        received = self._mesh.receive(timeout_s)
+        if received is None:
+            return
+        message, frame = received
+        match message:
+            case Join():
+                self._join(message)
+            case Stop():
+                self._stopped = True
+                raise _EpochEndedError
+            case Plan() | Hidden() | ExpertCall() | ExpertReply() if message.epoch != self._epoch:
+                self.num_stale += 1
+            case Plan():
+                self._plans.append(message)
+            case Hidden() if frame is not None:
+                self._hidden[message.step] = read_tensor(message.dtype, message.shape, frame, self._stage.device)
+            case ExpertCall() if frame is not None and self._experts:
+                self._experts.serve(message, frame)
+            case ExpertReply() if frame is not None and self._experts:
+                self._experts.accept(message, frame)
+            case _:
+                log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
+
+    def _join(self, message: Join) -> None:
+        """Take a seat in a new epoch. What belonged to the old one is forgotten."""
+        if message.epoch <= self._epoch:
+            self.num_stale += 1
+            return
+        own = next(member for member in message.members if member.name == self.name)
+        for member in message.members:
+            if member.name != self.name:
+                self._mesh.connect(member.name, member.address)
+        group = _group(message.members, own.stage)
+        tables = dict(zip(self._stage.layers, message.table, strict=True))
+        self._loaded.host_experts(
+            [
+                (layer, expert)
+                for layer, table in tables.items()
+                for expert, rank in enumerate(table)
+                if group[rank] == self.name
+            ]
+        )
+        self._next = _successor(message.members, own)
+        self._epoch = message.epoch
+        self._plans.clear()
+        self._hidden.clear()
+        self._experts = MeshExperts(
+            self._mesh,
+            self._loaded.host,
+            epoch=message.epoch,
+            name=self.name,
+            group=group,
+            tables=tables,
+            pump=self._pump,
+        )
+        self._mesh.send(ENGINE, Joined(message.epoch, self.name))
+        raise _EpochEndedError
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if self._experts and now - self._reported_s >= REPORT_S:
+            self._reported_s = now
+            if counts := self._experts.take_loads():
+                self._mesh.send(ROUTER, ExpertLoad(self._epoch, self.name, counts))
+
+
+def _group(members: list[Member], stage: int) -> list[str]:
+    """Names of a stage's workers in rank order: by replica."""
+    return [member.name for member in sorted(members, key=lambda m: m.replica) if member.stage == stage]
+
+
+def _successor(members: list[Member], own: Member) -> str | None:
+    """Who takes this worker's hidden states: the same replica's seat in the next stage."""
+    for member in members:
+        if (member.stage, member.replica) == (own.stage + 1, own.replica):
+            return member.name
+    return None

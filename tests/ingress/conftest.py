@@ -1,0 +1,102 @@
+"""The real application over the echo engine, in memory or behind a real server on loopback."""
+
+import asyncio
+import json
+import socket
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvicorn
+
+from serve_app.ingress.api import create_app
+from serve_app.ingress.door import Limits, ModelInfo
+from serve_app.model.tokenizer import Tokenizer
+from tests.ingress.echo_engine import EchoEngine
+from tests.model.families import make_tiny_tokenizer
+
+BABBLE = " and the leaf after it, and so on"
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer(folder, 400)
+    return Tokenizer.load(folder)
+
+
+class World:
+    """One application, its engine, and a client."""
+
+    def __init__(self, tokenizer, limits=None):
+        self.tokenizer = tokenizer
+        self.model = ModelInfo("tiny", max_context_tokens=512, vocab_size=410, created=1_700_000_000)
+        self.engine = EchoEngine(tokenizer.encode(BABBLE))
+        self.app = create_app(self.engine, tokenizer, self.model, limits)
+        transport = httpx.ASGITransport(self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://octavo")
+
+    def say(self, prompt, answer):
+        """Let the model answer the text `prompt` with the text `answer`, then end."""
+        self.engine.script[tuple(self.tokenizer.encode(prompt))] = self.tokenizer.encode(answer)
+
+    async def post(self, body, **headers):
+        """POST /generate; `body` is JSON, or the bytes of what should be."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self.client.post("/generate", content=content, headers=headers)
+
+    async def close(self):
+        await self.client.aclose()
+        await self.engine.close()
+
+
+@asynccontextmanager
+async def open_world(tokenizer, limits=None):
+    world = World(tokenizer, limits)
+    try:
+        yield world
+    finally:
+        await world.close()
+
+
+@pytest.fixture
+async def world(tokenizer):
+    async with open_world(tokenizer) as world:
+        yield world
+
+
+@pytest.fixture
+async def small_world(tokenizer):
+    """One with tight limits."""
+    limits = Limits(max_body_bytes=1000, max_prompts=3, max_rid_chars=8, max_stops=2, max_stop_chars=8)
+    async with open_world(tokenizer, limits) as world:
+        yield world
+
+
+@pytest.fixture
+async def server(world):
+    """`world` behind uvicorn; yields (host, port)."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(world.app, log_level="warning", lifespan="off")
+    served = uvicorn.Server(config)
+    task = asyncio.ensure_future(served.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()
+    finally:
+        served.should_exit = True
+        await task
+        listener.close()
+
+
+def read_events(text):
+    """The data of each SSE event, JSON decoded unless it is [DONE]."""
+    assert text == "" or text.endswith("\n\n")
+    blocks = text.split("\n\n")[:-1]
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    data = [block.removeprefix("data: ") for block in blocks]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]

@@ -1,0 +1,122 @@
+"""The real EngineCore over a toy model that says what a test told it to say, and that a test can hold still."""
+
+import asyncio
+from contextlib import suppress
+
+from serve_app.engine.core import EngineConfig, EngineCore
+from serve_app.engine.plan import Begin, Cancel, Emit, Run, StepDone, Submit
+from serve_app.engine.request import Emission
+from serve_app.ingress.client import EngineStatus, EngineUnavailableError
+
+PAGE_TOKENS = 4
+END_TOKEN = 2  # <|im_end|> of the tiny tokenizer
+
+
+class EchoEngine:
+    """Answers a prompt as `script` says, and one that it does not know with `babble` for ever."""
+
+    def __init__(self, babble, max_context_tokens=512, num_pages=4096):
+        config = EngineConfig(
+            num_stages=1,
+            max_context_tokens=max_context_tokens,
+            page_tokens=PAGE_TOKENS,
+            max_running=64,
+            eos_token_ids=(END_TOKEN,),
+        )
+        self.core = EngineCore(config)
+        self.core.on(Begin(epoch=0, num_replicas=1, num_pages=num_pages), 0.0)
+        self.script = {}  # tuple of prompt ids -> answer ids
+        self.requests = {}  # rid -> Request, all ever submitted
+        self.cancelled = []  # rids
+        self.submitted = asyncio.Event()
+        self.was_cancelled = asyncio.Event()
+        self.running = asyncio.Event()  # cleared: no step is computed
+        self.running.set()
+        self.hold_after = None  # clear `running` after so many steps, each time it is set
+        self.broken = ""  # why there is no engine
+        self.failing_after = None  # every answer ends with "error" after so many tokens
+        self._babble = babble
+        self._queues = {}
+        self._kv = {}  # (page, offset) -> token
+        self._steps = asyncio.Queue()
+        self._worker = asyncio.ensure_future(self._work())
+
+    async def close(self):
+        self._worker.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._worker
+
+    async def submit(self, request):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        queue = self._queues[request.rid] = asyncio.Queue()
+        self.requests[request.rid] = request
+        self.submitted.set()
+        self._on(Submit(request))
+        finished = False
+        try:
+            while not finished:
+                emission = await queue.get()
+                finished = emission.finish is not None
+                yield emission
+        finally:
+            del self._queues[request.rid]
+            if not finished:
+                self.cancelled.append(request.rid)
+                self._on(Cancel(request.rid))
+                self.was_cancelled.set()
+
+    async def status(self):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return EngineStatus(live=True, ready=True, page_tokens=PAGE_TOKENS, stats=self.core.stats())
+
+    def assert_idle(self):
+        self.core.check_integrity()
+        stats = self.core.stats()
+        assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
+
+    def _on(self, event):
+        for command in self.core.on(event, 0.0):
+            match command:
+                case Run(plan):
+                    self._steps.put_nowait(plan)
+                case Emit(emission):
+                    self._deliver(emission)
+
+    def _deliver(self, emission):
+        queue = self._queues.get(emission.rid)
+        if queue is None:
+            return
+        if self.failing_after is not None and emission.first + len(emission.tokens) > self.failing_after:
+            queue.put_nowait(Emission(emission.rid, emission.first, [], [], emission.num_cached, "error"))
+            self._on(Cancel(emission.rid))
+            return
+        queue.put_nowait(emission)
+
+    async def _work(self):
+        num_done = 0
+        while True:
+            plan = await self._steps.get()
+            await self.running.wait()
+            num_done += 1
+            if num_done == self.hold_after:
+                self.running.clear()
+                num_done = 0
+            await asyncio.sleep(0)  # each step is a turn of the loop of its own
+            tokens = [self._compute(part) for part in plan.slices]
+            sampled = [token for part, token in zip(plan.slices, tokens, strict=True) if part.sample]
+            self._on(StepDone(plan.epoch, plan.replica, plan.step, sampled, [-0.5] * len(sampled)))
+
+    def _compute(self, part):
+        for position, token in enumerate(part.tokens, part.start):
+            self._kv[part.pages[position // PAGE_TOKENS], position % PAGE_TOKENS] = token
+        num_known = part.start + len(part.tokens)
+        return self._next([self._kv[part.pages[p // PAGE_TOKENS], p % PAGE_TOKENS] for p in range(num_known)])
+
+    def _next(self, context):
+        for prompt, answer in self.script.items():
+            if tuple(context[: len(prompt)]) == prompt:
+                said = len(context) - len(prompt)
+                return answer[said] if said < len(answer) else END_TOKEN
+        return self._babble[len(context) % len(self._babble)]

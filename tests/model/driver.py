@@ -1,0 +1,80 @@
+"""Drives a whole model in one stage, slice by slice, with pages scattered at random over the pool."""
+
+import random
+
+import torch
+
+from serve_app.engine.plan import Plan, Sample, Slice
+from serve_app.model.batch import Batch
+from serve_app.model.moe import ExpertHost, LocalExperts
+from serve_app.model.stage import Stage, load_experts
+
+CPU = torch.device("cpu")
+GREEDY = Sample(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0, logprob=False)
+
+
+class Sequence:
+    """The pages of one sequence and how many of its tokens are computed."""
+
+    def __init__(self, pages):
+        self.pages = pages
+        self.num_computed = 0
+
+
+class Driver:
+    """`stages` consecutive stages of a model and all its experts, on CPU."""
+
+    def __init__(self, weights, dtype=torch.float32, num_pages=256, page_tokens=16, num_stages=1, seed=0):
+        spec = weights.spec
+        bounds = [spec.num_layers * i // num_stages for i in range(num_stages + 1)]
+        self.stages = [
+            Stage.load(
+                weights,
+                range(begin, end),
+                num_pages=num_pages,
+                page_tokens=page_tokens,
+                dtype=dtype,
+                device=CPU,
+            )
+            for begin, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        host = ExpertHost(spec, dtype, CPU)
+        load_experts(weights, host, [(la, e) for la in range(spec.num_layers) for e in range(spec.num_experts)])
+        self.experts = LocalExperts(host)
+        self.page_tokens = page_tokens
+        self._free = list(range(num_pages))
+        self._random = random.Random(seed)
+
+    def begin(self, num_tokens):
+        """A sequence with room for `num_tokens`, on pages drawn at random from the free ones."""
+        num_pages = -(-num_tokens // self.page_tokens)
+        drawn = self._random.sample(self._free, num_pages)
+        self._free = [page for page in self._free if page not in drawn]
+        return Sequence(drawn)
+
+    def end(self, sequence):
+        self._free.extend(sequence.pages)
+
+    def step(self, parts):
+        """Run [(sequence, tokens)] as one step and return the logits after each part's last token."""
+        slices = []
+        for sequence, tokens in parts:
+            stop = sequence.num_computed + len(tokens)
+            pages = sequence.pages[: -(-stop // self.page_tokens)]
+            slices.append(Slice(sequence.num_computed, list(tokens), pages, GREEDY))
+            sequence.num_computed = stop
+        batch = Batch.from_plan(Plan(0, 0, 0, slices), self.page_tokens, CPU)
+        x = None
+        for stage in self.stages:
+            x = stage.forward(batch, x, self.experts)
+        return x
+
+    def rows(self, tokens, chunks):
+        """Logits after each chunk of one sequence, computed alone."""
+        sequence = self.begin(len(tokens))
+        logits = []
+        for size in chunks:
+            begin = sequence.num_computed
+            logits.append(self.step([(sequence, tokens[begin : begin + size])])[0])
+        self.end(sequence)
+        return torch.stack(logits)

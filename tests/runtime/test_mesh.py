@@ -1,0 +1,83 @@
+"""The mesh, over real sockets."""
+
+import pytest
+import torch
+import zmq
+
+from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
+from serve_app.runtime.mesh import CellKey, Mesh
+from serve_app.runtime.wire import ExpertReply, Joined, Phase, Stop
+
+WAIT_S = 20.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 7), (0, 7), (1, 1)])
+def test_a_tensor_arrives_bit_for_bit(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    with Mesh() as here, Mesh() as there:
+        here.connect("there", there.address)
+        here.send("there", ExpertReply(3, 9, *tensor_header(x)), tensor_frame(x))
+        message, frame = there.receive(WAIT_S)
+        assert (message.epoch, message.call) == (3, 9)
+        assert torch.equal(read_tensor(message.dtype, message.shape, frame, torch.device("cpu")), x)
+
+
+def test_messages_of_one_sender_keep_their_order():
+    with Mesh() as here, Mesh() as there:
+        here.connect("there", there.address)
+        for epoch in range(500):
+            here.send("there", Joined(epoch, "w"))
+        assert [there.receive(WAIT_S).message.epoch for _ in range(500)] == list(range(500))
+
+
+def test_a_peer_that_is_not_there_blocks_nobody():
+    with Mesh() as here:
+        here.connect("nobody", "tcp://127.0.0.1:9")
+        for _ in range(20_000):
+            here.send("nobody", Stop())
+        assert here.num_dropped > 0
+        here.send("never heard of", Stop())
+
+
+def test_what_is_not_ours_is_dropped_and_counted():
+    with Mesh() as mesh, zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+        stranger.connect(mesh.address)
+        for garbage in (b"", b"\xff\xff", b"hello", b"\x92\xa4plan\x01"):
+            stranger.send(garbage)
+        stranger.send_multipart([b"not msgpack", b"frame"])
+        for _ in range(5):
+            assert mesh.receive(WAIT_S) is None
+        assert mesh.num_dropped == 5
+
+
+def test_a_frame_that_does_not_fit_its_header_is_refused():
+    with pytest.raises(ValueError, match="12 bytes where 16"):
+        read_tensor("float32", (4,), memoryview(b"x" * 12), torch.device("cpu"))
+    with pytest.raises(ValueError, match="unknown dtype"):
+        read_tensor("object", (4,), memoryview(b"x" * 16), torch.device("cpu"))
+
+
+def test_off_loopback_a_key_is_required():
+    with pytest.raises(ValueError, match="needs the cell's key"):
+        Mesh("0.0.0.0")
+
+
+def test_only_holders_of_the_cell_key_are_heard():
+    key, other = CellKey.make(), CellKey.make()
+    with Mesh(key=key) as inbox, Mesh(key=key) as friend, Mesh(key=other) as enemy, Mesh() as plain:
+        for stranger in (enemy, plain):
+            stranger.connect("inbox", inbox.address)
+            stranger.send("inbox", Phase("let me in"))
+        # One that even knows the cell's public key has no client key that ZAP accepts.
+        socket = enemy._context.socket(zmq.PUSH)
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = *other, key.public
+        socket.set(zmq.LINGER, 0)
+        socket.connect(inbox.address)
+        socket.send(b"\x92\xa5phase\xa9let me in")
+        friend.connect("inbox", inbox.address)
+        friend.send("inbox", Phase("a friend"))
+        assert inbox.receive(WAIT_S).message == Phase("a friend")
+        assert inbox.receive(1.0) is None
+        assert inbox.num_dropped == 0
+        socket.close(0)

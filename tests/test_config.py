@@ -1,0 +1,55 @@
+"""A config that cannot run is refused with a sentence that names the key."""
+
+import pytest
+
+from serve_app.config import OctavoConfig, parse_config
+from serve_app.errors import ConfigError, OctavoError
+from serve_app.runtime.settings import check, max_context_tokens
+from tests.model.families import make_tiny
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"modle": "demo"}, "`modle` is not a key of this config"),
+        ({"layout": {"tp": 2}}, "`layout.tp` is not a key of this config"),
+        ({"layout": {"pp": 0}}, "`layout.pp` = 0: Input should be greater than or equal to 1"),
+        ({"layout": 3}, "`layout` = 3: "),
+        ({"worker": {"kv_gib": -1}}, "`worker.kv_gib` = -1: "),
+        ({"dtype": "float16"}, "`dtype` = 'float16': "),
+        ({"scheduler": {"page_tokens": 7}}, "`scheduler.page_tokens` = 7: "),
+        ({"worker": {"kv_gib": "many"}, "typo": 1}, "`worker.kv_gib` = 'many': "),
+    ],
+)
+def test_a_bad_key_is_named(args, sentence):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(args)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_bad_keys_are_all_named():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"typo": 1, "layout": {"dp": 0}})
+    assert "`typo`" in str(caught.value)
+    assert "`layout.dp`" in str(caught.value)
+
+
+def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path):
+    make_tiny("mixtral", tmp_path)
+    config = parse_config({"model": str(tmp_path), "layout": {"pp": 9}})
+    with pytest.raises(ConfigError, match="the layout does not fit the model: .*9"):
+        check(config)
+
+
+def test_a_missing_model_is_refused(tmp_path):
+    with pytest.raises(OctavoError, match="neither"):
+        check(parse_config({"model": str(tmp_path / "nowhere")}))
+
+
+def test_the_context_is_the_smaller_of_what_is_wanted_and_what_the_model_can(tmp_path):
+    make_tiny("mixtral", tmp_path)
+    spec = check(parse_config({"model": str(tmp_path)}))
+    for wanted, got in ((None, spec.max_positions), (10, 10), (10**9, spec.max_positions)):
+        config = OctavoConfig.model_validate({"scheduler": {"max_context_tokens": wanted}})
+        assert max_context_tokens(config, spec) == got
