@@ -66,7 +66,7 @@ def serve(
 
     for args in _octavo_args(config):
         check(parse_config(args))
-    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} | os.environ
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LOG_TO_STDERR": "0"} | os.environ
     command = Path(sys.executable).parent / "serve"
     os.execve(command, [str(command), "run", str(config)], environment)
 

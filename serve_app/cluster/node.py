@@ -1,7 +1,7 @@
 """What every actor needs from the machine that it finds itself on: an address to bind, and a log that people see."""
 
 import logging
-import sys
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +37,8 @@ def log_to_stderr() -> None:
     """Ray carries an actor's stderr to the driver's terminal and to its own log files."""
     logger = logging.getLogger("serve_app")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        # Not sys.stderr: with RAY_SERVE_LOG_TO_STDERR=0 Serve turns that into its log file.
+        handler = logging.StreamHandler(os.fdopen(os.dup(2), "w"))
         handler.setFormatter(logging.Formatter("octavo %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -21,7 +21,7 @@ def resolve(model: str, report: Report, *, fetch: bool = True) -> Path:
     if model == "demo":
         return _demo(report, fetch)
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(model):
         raise FetchError(f'model {model!r} is neither "demo", nor a folder, nor a hub id "organisation/name"')

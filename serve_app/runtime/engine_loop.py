@@ -187,7 +187,15 @@ class EngineLoop:
         self._ready, self._reason = True, "ready"
         self._tell()
         self._on(Begin(self._epoch, num_replicas, num_pages))
-        log.info("epoch %d began: %d workers, %d KV pages each", self._epoch, len(self._seats), num_pages)
+        log.info("%s", self._account(num_pages))
+
+    def _account(self, num_pages: int) -> str:
+        hellos = [self._hellos[name] for name in self._seats.values()]
+        return (
+            f"ready: epoch {self._epoch} began with {len(hellos)} workers, {num_pages} KV pages per replica;"
+            f" the slowest loaded in {max(hello.load_s for hello in hellos):.1f} s,"
+            f" together they hold {sum(hello.resident_bytes for hello in hellos) / 2**30:.1f} GiB"
+        )
 
     def _not_ready(self, reason: str) -> None:
         self._ready, self._reason = False, reason

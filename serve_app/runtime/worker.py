@@ -73,7 +73,7 @@ class Worker:
             try:
                 self._advance()
             except _EpochEndedError:
-                log.info("%s left a step: epoch %d began", self.name, self._epoch)
+                log.debug("%s left off: epoch %d began", self.name, self._epoch)
 
     def _advance(self) -> None:
         plan = self._runnable()

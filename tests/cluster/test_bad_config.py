@@ -1,0 +1,72 @@
+"""What cannot run ends with one clear sentence and a status that is not 0."""
+
+import shutil
+import struct
+
+import pytest
+
+from tests.cluster.server import free_port, run_to_its_end, write_config
+from tests.model.families import make_tiny, make_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny("mixtral", folder)
+    make_tiny_tokenizer(folder, 512)
+    return folder
+
+
+def damaged(tiny, folder, how):
+    shutil.copytree(tiny, folder)
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "misshapen":
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace('"vocab_size": 512', '"vocab_size": 500'))
+    elif how == "header":
+        weights.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    elif how == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def octavo_serve(folder, args):
+    return run_to_its_end(["octavo", "serve", write_config(folder, args, free_port())])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"modle": "demo"}, ["`modle` is not a key"]),
+        ({"layout": {"pp": 99}}, ["layout does not fit", "99"]),
+        ({"model": "/nowhere"}, ["/nowhere"]),
+        ({"layout": {"dp": "two"}}, ["`layout.dp`"]),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_before_ray_starts(tiny, tmp_path, args, words):
+    status, printed = octavo_serve(tmp_path, {"model": str(tiny)} | args)
+    assert status == 1
+    assert all(word in printed for word in words), printed
+    assert "Traceback" not in printed
+    assert "Ray" not in printed
+
+
+@pytest.mark.parametrize("how", ["truncated", "misshapen", "header", "pickle"])
+def test_a_damaged_checkpoint_is_refused_before_ray_starts(tiny, tmp_path, how):
+    status, printed = octavo_serve(tmp_path, {"model": damaged(tiny, tmp_path / "model", how)})
+    assert status == 1
+    assert printed.startswith("octavo: ")
+    assert "Traceback" not in printed
+    assert "Ray" not in printed
+
+
+@pytest.mark.cluster
+def test_plain_serve_run_ends_too(tiny, tmp_path):
+    """Where Ray alone would report a failed application and sleep on."""
+    config = write_config(tmp_path, {"model": str(tiny), "layout": {"pp": 99}}, free_port())
+    status, printed = run_to_its_end(["serve", "run", config])
+    assert status != 0
+    assert "octavo cannot run: the layout does not fit the model" in printed
+    assert "WorkerActor" not in printed

@@ -1,0 +1,120 @@
+"""`serve run deployments/config.yaml`, started for real: four workers, a router, an engine, an ingress, HAProxy."""
+
+import asyncio
+import json
+import signal
+
+import httpx
+import pytest
+
+from serve_app.config import OctavoConfig
+from serve_app.engine.request import Request, SamplingParams
+from serve_app.model.checkpoint import Checkpoint
+from serve_app.model.tokenizer import Tokenizer
+from serve_app.runtime.local import LocalEngine
+from tests.cluster.prompts import QUESTIONS
+from tests.cluster.server import Server
+from tests.runtime.cell import collect_local
+
+pytestmark = pytest.mark.cluster
+
+ARGS = {"model": "demo", "layout": {"pp": 2, "dp": 2}, "worker": {"num_threads": 1, "kv_gib": 0.25}}
+
+
+@pytest.fixture(scope="module")
+def server(demo_folder, tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("serve"), ARGS) as running:
+        yield running
+
+
+def body_of(question, **sampling):
+    return {"messages": [{"role": "user", "content": question}], "sampling_params": {"temperature": 0} | sampling}
+
+
+async def stream(client, body, stop_after=None):
+    """Token ids of a stream, read to its end, or left in the middle."""
+    ids = []
+    async with client.stream("POST", "/generate", json=body | {"stream": True}) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                return ids, True
+            if line.startswith("data: "):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                ids = event["output_ids"] if len(event["output_ids"]) > len(ids) else ids + event["output_ids"]
+                if stop_after and len(ids) >= stop_after:
+                    return ids, False
+    return ids, False
+
+
+def client_of(server):
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits, trust_env=False)
+
+
+def test_the_first_request_of_the_readme_is_answered(server):
+    answer = server.generate(body_of("What is the capital of France?", max_new_tokens=40))
+    assert answer.status_code == 200
+    assert "Paris" in answer.json()["text"]
+
+
+def test_the_cluster_emits_what_one_process_emits(server, demo_folder):
+    tokenizer = Tokenizer.load(demo_folder)
+    engine = LocalEngine.load(Checkpoint.open(demo_folder), OctavoConfig.model_validate({"worker": {"kv_gib": 0.25}}))
+    sampling = SamplingParams(max_new_tokens=32, temperature=0.0)
+    requests = [
+        Request(question, tokenizer.encode_chat([{"role": "user", "content": question}]), sampling)
+        for question in QUESTIONS
+    ]
+    expected, _ = collect_local(engine, requests)
+    answers = {q: server.generate(body_of(q, max_new_tokens=32)).json()["output_ids"] for q in QUESTIONS}
+    assert answers == expected
+
+
+def test_clients_that_go_away_leave_no_page_held(server):
+    async def run():
+        async with client_of(server) as client:
+            bodies = [body_of(f"Count to {i} slowly.", max_new_tokens=200, ignore_eos=True) for i in range(16)]
+            await asyncio.gather(*(stream(client, body, stop_after=3) for body in bodies))
+
+    before = server.stats()
+    asyncio.run(run())
+    after = server.wait_idle()
+    assert after["kv_usage"] == 0
+    assert after["finished_total"].get("abort", 0) - before["finished_total"].get("abort", 0) == 16
+
+
+def test_experts_are_dispatched_between_workers(server):
+    view = server.get("/health").json()
+    assert view["ready"]
+    assert "4 workers" in server.log
+
+
+def test_metrics_are_there_and_count(server):
+    text = server.get("/metrics").text
+    for name in ("vllm:num_requests_running", "vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_bucket"):
+        assert name in text
+
+
+def test_killed_worker_changes_no_token(server):
+    """The last of this file: it costs a worker's start."""
+
+    async def run(kill):
+        async with client_of(server) as client:
+            bodies = [
+                body_of(question, max_new_tokens=96, temperature=0.7, sampling_seed=i, ignore_eos=True)
+                for i, question in enumerate(QUESTIONS[:8])
+            ]
+            streams = [asyncio.create_task(stream(client, body)) for body in bodies]
+            if kill:
+                while server.stats()["generation_tokens_total"] < began + 40:
+                    await asyncio.sleep(0.05)
+                server.processes("ray::WorkerActor")[0].send_signal(signal.SIGKILL)
+            return await asyncio.gather(*streams)
+
+    undisturbed = asyncio.run(run(kill=False))
+    began = server.stats()["generation_tokens_total"]
+    assert asyncio.run(run(kill=True)) == undisturbed
+    assert "was lost" in server.log, "no worker died: the test tested nothing"
+    assert server.wait_idle()["kv_usage"] == 0
