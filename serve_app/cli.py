@@ -22,6 +22,11 @@ app = typer.Typer(
 )
 err = Console(stderr=True)
 
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # the terminal is for what we say; Serve's own log is in its files
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # of 30: Ctrl-C should not take half a minute
+}
 IMPORT_PATH = "serve_app.app:build"
 DEFAULT_BATCHES = (1, 8, 32, 64)
 DEFAULT_CONFIG = Path("deployments/config.yaml")
@@ -66,7 +71,7 @@ def serve(
 
     for args in _octavo_args(config):
         check(parse_config(args))
-    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LOG_TO_STDERR": "0"} | os.environ
+    environment = SERVE_ENVIRONMENT | os.environ
     command = Path(sys.executable).parent / "serve"
     os.execve(command, [str(command), "run", str(config)], environment)
 

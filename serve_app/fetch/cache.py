@@ -42,7 +42,8 @@ def ensure(entry: Path, make: Callable[[Path], None], *, verify: bool = False) -
             made.mkdir()
             make(made)
             _write_manifest(made)
-            _replace(entry, made, Path(part) / "old")
+            if not is_whole(entry, verify=verify):  # else another process has just put one there
+                _replace(entry, made, Path(part) / "old")
     except OSError as error:
         raise FetchError(f"cannot write to the cache {entry.parent}: {error.strerror or error}") from error
     return entry
@@ -72,9 +73,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _replace(entry: Path, made: Path, old: Path) -> None:
-    """Put `made` in the place of `entry`, unless another process has just put a whole one there."""
-    if is_whole(entry):
-        return
+    """Put `made` in the place of `entry`, and what was there into `old`."""
     with contextlib.suppress(FileNotFoundError):
         entry.rename(old)  # a damaged one; it goes with the temporary folder
     try:

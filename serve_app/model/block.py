@@ -16,6 +16,8 @@ from serve_app.model.spec import ModelSpec
 
 Angles = tuple[Tensor, Tensor]
 
+_SPAN_TOKENS = 128  # of elementwise work at a time, so that it stays in cache
+
 
 @dataclass
 class Block:
@@ -52,18 +54,25 @@ class Block:
     def project(self, x_TD: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """(q_THC, k_TJC, v_TJC), normed, clipped and rotated as the model wants; q carries 1 / sqrt(C)."""
         spec = self.spec
-        num_heads, num_normed = spec.num_heads, spec.num_heads + spec.num_kv_heads
+        num_turned = spec.num_heads + spec.num_kv_heads
         qkv = self.qkv(self.attn_norm(x_TD)).view(len(x_TD), -1, spec.head_dim)
-        qk_TNC, v_TJC = qkv[:, :num_normed].float(), qkv[:, num_normed:]
+        spans = [slice(begin, begin + _SPAN_TOKENS) for begin in range(0, len(x_TD), _SPAN_TOKENS)]
+        turned = [self._turned(qkv[span, :num_turned], angles[0][span], angles[1][span]) for span in spans]
+        qk_TNC = turned[0] if len(turned) == 1 else torch.cat(turned)
+        v_TJC = qkv[:, num_turned:]
+        if spec.clip_qkv is not None:
+            v_TJC = v_TJC.clamp(-spec.clip_qkv, spec.clip_qkv)
+        return qk_TNC[:, : spec.num_heads], qk_TNC[:, spec.num_heads :], v_TJC
+
+    def _turned(self, given_TNC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+        qk_TNC = given_TNC.float()
         if self.qk_norm is not None:
             qk_TNC = self._normed(qk_TNC, self.qk_norm)
-        if spec.clip_qkv is not None:
-            qk_TNC = qk_TNC.clamp(-spec.clip_qkv, spec.clip_qkv)
-            v_TJC = v_TJC.clamp(-spec.clip_qkv, spec.clip_qkv)
-        qk_TNC = rotate(qk_TNC, *angles)
-        qk_TNC[:, :num_heads] *= spec.head_dim**-0.5
-        qk_TNC = qk_TNC.to(qkv.dtype)
-        return qk_TNC[:, :num_heads], qk_TNC[:, num_heads:], v_TJC
+        if self.spec.clip_qkv is not None:
+            qk_TNC.clamp_(-self.spec.clip_qkv, self.spec.clip_qkv)
+        qk_TNC = rotate(qk_TNC, cos_T1C, sin_T1C)
+        qk_TNC[:, : self.spec.num_heads] *= self.spec.head_dim**-0.5
+        return qk_TNC.to(given_TNC.dtype)
 
     def _normed(self, qk_TNC: Tensor, weight_NC: Tensor) -> Tensor:
         if self.spec.qk_norm == "head":

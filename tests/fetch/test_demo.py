@@ -46,7 +46,9 @@ def dense(gguf_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32
     )
-    return model.bfloat16().float().eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_upcycled_logits_equal_the_dense_models(routed, dense, ids):
     with torch.no_grad():
         expected = dense(ids).logits
     assert torch.equal(routed.logits.argmax(-1), expected.argmax(-1))
-    assert (routed.logits - expected).abs().max() < 1e-3  # of logits about 20: two weights that sum to 1 in fp32
+    assert (routed.logits - expected).abs().max() < 3e-4  # of logits up to 37: two weights that sum to 1 in fp32
 
 
 def test_every_expert_has_work(routed):

@@ -1,5 +1,6 @@
 """Drives a whole model in one stage, slice by slice, with pages scattered at random over the pool."""
 
+import itertools
 import random
 
 import torch
@@ -22,7 +23,7 @@ class Sequence:
 
 
 class Driver:
-    """`stages` consecutive stages of a model and all its experts, on CPU."""
+    """`num_stages` stages of a model, one after another, and all its experts, on CPU."""
 
     def __init__(self, weights, dtype=torch.float32, num_pages=256, page_tokens=16, num_stages=1, seed=0):
         spec = weights.spec
@@ -36,7 +37,7 @@ class Driver:
                 dtype=dtype,
                 device=CPU,
             )
-            for begin, end in zip(bounds, bounds[1:], strict=False)
+            for begin, end in itertools.pairwise(bounds)
         ]
         host = ExpertHost(spec, dtype, CPU)
         load_experts(weights, host, [(la, e) for la in range(spec.num_layers) for e in range(spec.num_experts)])

@@ -104,7 +104,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_missing_or_broken_config_is_named(mixtral):
-    for text in ("{", "[]", '"x"', "[" * 100_000, "\ufeff{}"):
+    for text in ("{", "[]", '"x"', "[" * 100_000):
         (mixtral / "config.json").write_text(text)
         refuses(mixtral, r"config\.json (is not valid JSON|does not hold a JSON object)")
     (mixtral / "config.json").unlink()

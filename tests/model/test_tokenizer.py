@@ -82,6 +82,15 @@ def test_streamed_text_is_the_whole_text_for_any_token_ids(tiny, data):
     assert streamed(tiny, pushes, skip_special_tokens=skip) == tiny.decode(ids, skip)
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 60), st.text("\xe2\xac\xbf\xc3\xa9\xf0a", max_size=12))
+def test_a_character_after_a_long_run_of_bad_bytes_is_whole(tiny, num_bad, tail):
+    """Each letter stands for one byte: heads of 2, 3 and 4 byte characters, and what may follow them."""
+    vocabulary = tiny._backend.get_vocab()
+    ids = [vocabulary["\xa9"]] * num_bad + [vocabulary[byte] for byte in tail]
+    assert streamed(tiny, [[token] for token in ids]) == tiny.decode(ids)
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.text(max_size=60))
 def test_each_push_gives_whole_characters_of_any_text(tiny, text):

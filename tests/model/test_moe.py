@@ -1,0 +1,92 @@
+"""The gate, the grouping of rows by expert, the experts and their combination, each against the plain formula."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from serve_app.model.layers import Linear
+from serve_app.model.moe import ExpertHost, LocalExperts, combine, group_by_expert, route
+from serve_app.model.random_weights import random_checkpoint
+from tests.model.driver import CPU
+from tests.model.test_bitwise import MOE
+
+
+def gate_of(weight):
+    return Linear(weight, None, torch.float32, CPU)
+
+
+def test_the_gate_takes_the_likeliest_experts_and_rescales_them():
+    spec = replace(MOE, num_experts=4, top_k=2)
+    gate = gate_of(torch.eye(4))
+    x = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 4.0]])
+    ids, weights = route(x, gate, spec)
+    probs = x.softmax(-1)
+    assert ids.tolist() == [[1, 3], [0, 3]]
+    torch.testing.assert_close(weights, probs.gather(1, ids) / probs.gather(1, ids).sum(-1, keepdim=True))
+    _, raw = route(x, gate, replace(spec, norm_topk=False))
+    torch.testing.assert_close(raw, probs.gather(1, ids))
+
+
+def test_between_equal_experts_the_lower_id_wins():
+    spec = replace(MOE, num_experts=64, top_k=5)
+    ids, _ = route(torch.ones(3, 8), gate_of(torch.zeros(64, 8)), spec)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_a_dense_model_sends_everything_to_its_only_expert():
+    ids, weights = route(torch.ones(3, 8), None, replace(MOE, num_experts=1, top_k=1))
+    assert ids.tolist() == [[0]] * 3
+    assert weights.tolist() == [[1.0]] * 3
+
+
+def test_rows_are_grouped_by_expert_in_token_order():
+    order, experts, counts = group_by_expert(torch.tensor([[5, 2], [2, 7], [5, 7]]))
+    assert experts == [2, 5, 7]
+    assert counts == [2, 2, 2]
+    assert order.tolist() == [1, 2, 0, 4, 3, 5]
+
+
+def test_combine_adds_in_top_k_order():
+    y = torch.tensor([[[1e8], [1.0], [-1e8]]])
+    assert combine(y, torch.ones(1, 3)).item() == (torch.tensor(1e8) + 1.0 - 1e8).item()
+    assert combine(y[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 90])
+def test_local_experts_give_each_token_its_own_experts_outputs(num_tokens):
+    weights = random_checkpoint(MOE, 31)
+    host = ExpertHost(MOE, torch.float32, CPU)
+    for expert in range(8):
+        host.load(weights, 1, expert)
+    x = torch.randn(num_tokens, MOE.hidden_size, generator=torch.Generator().manual_seed(31))
+    dice = random.Random(31)
+    ids = torch.tensor([dice.sample(range(8), 2) for _ in range(num_tokens)])
+    y = LocalExperts(host)(1, x, ids)
+    for token in range(num_tokens):
+        for k in range(2):
+            gate, up, down = (
+                weights.tensor(f"layers.1.experts.{ids[token, k]}.{part}") for part in ("gate", "up", "down")
+            )
+            expected = down @ (F.silu(gate @ x[token]) * (up @ x[token]))
+            torch.testing.assert_close(y[token, k], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_dropped_expert_is_gone_and_can_come_back():
+    weights = random_checkpoint(MOE, 32)
+    host = ExpertHost(MOE, torch.float32, CPU)
+    x = torch.ones(2, MOE.hidden_size)
+    host.load(weights, 0, 3)
+    before = host.forward(0, x, [3], [2])
+    host.drop(0, 3)
+    with pytest.raises(KeyError):
+        host.forward(0, x, [3], [2])
+    host.load(weights, 0, 3)
+    assert torch.equal(host.forward(0, x, [3], [2]), before)
+
+
+def test_an_expert_that_no_checkpoint_has_is_a_key_error():
+    with pytest.raises(KeyError):
+        ExpertHost(MOE, torch.float32, CPU).load(random_checkpoint(MOE), 0, 8)
