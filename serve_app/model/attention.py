@@ -36,7 +36,8 @@ class PagedKV:
         self.heads = heads
         shape = (2, num_layers, num_pages * heads.num_kv_heads, page_tokens * heads.head_dim)
         self._k, self._v = torch.zeros(shape, dtype=dtype, device=device)
-        self._scratch = torch.empty(2, 0, shape[-1], dtype=dtype, device=device)  # reused: fresh memory faults in slowly
+        # gathered blocks, kept from call to call: fresh memory faults in slowly
+        self._scratch = torch.empty(2, 0, shape[-1], dtype=dtype, device=device)
 
     def write(self, layer: int, work: AttentionWork, k_THD: Tensor, v_THD: Tensor) -> None:
         """Put the step's keys and values where its plan says. `layer` counts from the stage's first."""

@@ -30,11 +30,12 @@ class Linear:
 
 
 class Norm:
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467): fp32 in, `dtype` out."""
 
     def __init__(self, weight_D: Tensor, eps: float, dtype: torch.dtype, device: torch.device) -> None:
-        self._weight = weight_D.to(device, dtype)
+        self._weight = weight_D.to(device, torch.float32)
+        self._dtype = dtype
         self._eps = eps
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return F.rms_norm(x_TD, self._weight.shape, self._weight, self._eps)
+        return F.rms_norm(x_TD, self._weight.shape, self._weight, self._eps).to(self._dtype)

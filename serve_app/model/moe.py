@@ -66,11 +66,11 @@ def group_by_expert(ids_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
 
 
 def combine(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sum over K in top-k order, in fp32, cast back to the dtype of `y_TKD`. Shape TD."""
+    """Weighted sum over K in top-k order, in fp32. Shape TD."""
     total_TD = y_TKD[:, 0] * weights_TK[:, 0, None]
     for k in range(1, y_TKD.shape[1]):
         total_TD += y_TKD[:, k] * weights_TK[:, k, None]
-    return total_TD.to(y_TKD.dtype)
+    return total_TD
 
 
 class LocalExperts:

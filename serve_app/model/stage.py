@@ -20,6 +20,9 @@ from serve_app.model.tiles import Heads, plan_attention
 from serve_app.model.timing import Part, StepTimer
 
 
+MAX_TIED = 64  # first places that are recomputed; a row where more are equal says nothing worth the memory
+
+
 def kv_bytes_per_page(spec: ModelSpec, num_layers: int, page_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of K and V that one page takes in a stage of `num_layers` layers."""
     return 2 * num_layers * page_tokens * spec.num_kv_heads * spec.head_dim * dtype.itemsize
@@ -46,6 +49,7 @@ class Stage:
     embed_VD: Tensor | None  # on the first stage
     norm: Norm | None  # on the last
     head: Linear | None  # on the last
+    head_VD: Tensor | None  # on the last: the head's weight as the checkpoint has it, for `_sharpen`
     timer: StepTimer | None = None
 
     @classmethod
@@ -82,7 +86,8 @@ class Stage:
             blocks=[Block.load(weights, layer, dtype, device) for layer in layers],
             embed_VD=weights.tensor("embed").to(device, dtype) if layers.start == 0 else None,
             norm=Norm(weights.tensor("norm"), spec.norm_eps, dtype, device) if is_last else None,
-            head=_load_head(weights, dtype, device) if is_last else None,
+            head=Linear(_head_weight(weights), None, dtype, device) if is_last else None,
+            head_VD=_head_weight(weights).to(device) if is_last else None,
             timer=timer,
         )
 
@@ -98,8 +103,9 @@ class Stage:
     def forward(self, batch: Batch, hidden_TD: Tensor | None, experts: Experts) -> Tensor:
         """One step. The first stage takes None for `hidden_TD`, the others what the stage before returned.
 
-        Returns the next stage's `hidden_TD`; on the last stage logits_RV, one row for each slice that has `sample`,
-        in plan order and in the stage's dtype. Writes the step's keys and values into the stage's pages.
+        Returns the next stage's `hidden_TD`, in fp32 whatever the stage's dtype: layers add to it little by little, and
+        bf16 would round each time (on the demo model that is a third of the distance to the fp32 logits). On the last stage logits_RV, one row for each slice that has `sample`,
+        in plan order and in fp32. Writes the step's keys and values into the stage's pages.
         """
         if self.timer:
             self.timer.start()
@@ -113,27 +119,28 @@ class Stage:
             self.kv.write(index, work, k_TNC, v_TNC)
             attended = attend(self.kv, index, work, q_THC)
             self._lap("attention")
-            x_TD = x_TD + block.output(attended)
+            x_TD += block.output(attended)
             h_TD = block.mlp_norm(x_TD)
             ids_TK, weights_TK = route(h_TD, block.gate, self.spec)
             self._lap("other")
             y_TKD = experts(self.layers[index], h_TD, ids_TK)
-            x_TD = x_TD + combine(y_TKD, weights_TK)
+            x_TD += combine(y_TKD, weights_TK)
             self._lap("experts")
         return self._leave(batch, x_TD)
 
     def _enter(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
         if self.embed_VD is not None:
-            return self.embed_VD[batch.token_ids_T]
+            return self.embed_VD[batch.token_ids_T].float()
         assert hidden_TD is not None, "only the first stage begins from token ids"
         return hidden_TD
 
     def _leave(self, batch: Batch, x_TD: Tensor) -> Tensor:
-        if self.head is None or self.norm is None:
+        if self.head is None or self.norm is None or self.head_VD is None:
             return x_TD
         if not len(batch.sample_rows_R):
             return x_TD.new_empty(0, self.spec.vocab_size)
-        logits_RV = self.head(self.norm(x_TD[batch.sample_rows_R]))
+        x_RD = self.norm(x_TD[batch.sample_rows_R])
+        logits_RV = _sharpen(self.head(x_RD), x_RD, self.head_VD)
         self._lap("head")
         return logits_RV
 
@@ -142,6 +149,21 @@ class Stage:
             self.timer.lap(part)
 
 
-def _load_head(weights: Weights, dtype: torch.dtype, device: torch.device) -> Linear:
-    name = "embed" if weights.spec.tie_embeddings else "head"
-    return Linear(weights.tensor(name), None, dtype, device)
+def _head_weight(weights: Weights) -> Tensor:
+    return weights.tensor("embed" if weights.spec.tie_embeddings else "head")
+
+
+def _sharpen(logits_RV: Tensor, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Logits in fp32, the highest of each row recomputed in fp32 where bf16 could not tell them apart.
+
+    At the size of real logits two neighbours in bf16 are 0.125 apart, so that several tokens share the first place in
+    about one row of twenty, and an argmax would choose by token id. Rounding keeps order: nothing else can be the first.
+    """
+    if logits_RV.dtype == torch.float32:
+        return logits_RV
+    logits_RV = logits_RV.float()
+    is_top_RV = logits_RV == logits_RV.amax(-1, keepdim=True)
+    is_top_RV &= is_top_RV.sum(-1, keepdim=True) <= MAX_TIED
+    rows_C, ids_C = is_top_RV.nonzero(as_tuple=True)
+    logits_RV[rows_C, ids_C] = (x_RD[rows_C].float() * weight_VD[ids_C].float()).sum(-1)
+    return logits_RV
