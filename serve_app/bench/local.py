@@ -55,7 +55,7 @@ class LocalBench:
 
     def run(self, workload: Workload) -> Figures:
         """One batch, from submission to its last token."""
-        self._timer.seconds.clear()
+        self._timer.reset()
         traces = {}
         requests = []
         sampling = SamplingParams(max_new_tokens=workload.output_tokens, temperature=0.0, ignore_eos=True)

@@ -1,15 +1,17 @@
 """Run workloads one after another and show their figures as a table or as JSON."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from serve_app.bench.measure import Figures, Workload
 
+Measure = Callable[[Workload], Figures]
 REMOTE_VOCABULARY = 1_000  # token ids that any served model has; a server does not tell its vocabulary
 
 
@@ -29,35 +31,45 @@ def run_all(
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode({"of": title, "runs": rows})).decode() + "\n")
     else:
-        Console().print(_table(title, rows))
+        for table in _tables(title, rows):
+            Console().print(table)
 
 
-def _remote(url: str):  # type: ignore[no-untyped-def]
+def _remote(url: str) -> Measure:
     from serve_app.bench.remote import run_remote
 
     return lambda workload: run_remote(url, workload, REMOTE_VOCABULARY)
 
 
-def _local(model: str, threads: int):  # type: ignore[no-untyped-def]
+def _local(model: str, threads: int) -> Measure:
     from serve_app.bench.local import LocalBench
 
     return LocalBench(model, threads).run
 
 
-def _table(title: str, rows: Sequence[Figures]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in (
-        "batch", "prompt", "output", "output tok/s", "decode tok/s", "prompt tok/s",
-        "TTFT p50 ms", "TTFT p99 ms", "ITL p50 ms", "ITL p99 ms", "share of step time",
-    ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading.startswith("share") else "right")
+def _tables(title: str, rows: Sequence[Figures]) -> Iterator[Table]:
+    headings = ("batch", "prompt", "output", "out/s", "decode/s", "in/s", "TTFT p50", "p99", "ITL p50", "p99")
+    table = Table(
+        *headings, title=f"{title}: tokens, tokens per second, milliseconds", title_justify="left", box=SIMPLE
+    )
     for row in rows:
-        times = (row.ttft_p50_s, row.ttft_p99_s, row.itl_p50_s, row.itl_p99_s)
+        counts = (row.batch, row.prompt_tokens, row.output_tokens)
         rates = (row.output_tokens_per_s, row.decode_tokens_per_s, row.prompt_tokens_per_s)
-        table.add_row(
-            *(str(n) for n in (row.batch, row.prompt_tokens, row.output_tokens)),
-            *(f"{rate:.0f}" for rate in rates),
-            *(f"{1e3 * time_s:.1f}" for time_s in times),
-            ", ".join(f"{part} {100 * share:.0f} %" for part, share in row.shares.items()),
-        )
+        times = (row.ttft_p50_s, row.ttft_p99_s, row.itl_p50_s, row.itl_p99_s)
+        figures = [f"{count}" for count in counts] + [f"{rate:.0f}" for rate in rates]
+        table.add_row(*figures, *(f"{1e3 * time_s:.1f}" for time_s in times))
+    for column in table.columns:
+        column.justify = "right"
+    yield table
+    if rows[0].shares:
+        yield _shares(rows)
+
+
+def _shares(rows: Sequence[Figures]) -> Table:
+    table = Table("batch", "prompt", *rows[0].shares, title="where the time goes, %", title_justify="left", box=SIMPLE)
+    for row in rows:
+        shares = [f"{100 * share:.0f}" for share in row.shares.values()]
+        table.add_row(str(row.batch), str(row.prompt_tokens), *shares)
+    for column in table.columns:
+        column.justify = "right"
     return table

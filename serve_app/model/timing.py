@@ -10,8 +10,11 @@ class StepTimer:
     """Seconds that went to each part of the steps, for whoever passes one to a stage."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.seconds: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
-        self._since_s = time.perf_counter()
+        self.start()
 
     def start(self) -> None:
         self._since_s = time.perf_counter()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from serve_app.model.cpu import cpu_has_bf16
+from serve_app.model.layers import Linear
 from serve_app.model.moe import ExpertHost
 from serve_app.model.random_weights import random_checkpoint
 from serve_app.model.spec import ModelSpec, RopeSpec
@@ -149,3 +150,20 @@ def test_expert_batches_of_any_size_give_a_row_the_same_bits(threads):
         y = host.forward(0, x[torch.cat(rows)], [0, 3, 7], counts)
         want = torch.cat([expected[expert][own] for expert, own in zip((0, 3, 7), rows, strict=True)])
         assert torch.equal(y, want), f"seed {seed}, counts {counts}"
+
+
+@pytest.mark.parametrize("num_inputs", [64, 576, 1024, 1025, 1536, 2048, 4096])
+def test_a_linear_gives_a_row_the_same_bits_at_every_number_of_rows(num_inputs, threads):
+    """1,536 is where a matrix of one row was once summed in another order than any other."""
+    seed = num_inputs
+    dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    for num_outputs in (8, 576, 2048):
+        weight = torch.randn(num_outputs, num_inputs, generator=generator) * 0.05
+        linear = Linear(weight, None, torch.bfloat16, torch.device("cpu"))
+        x_TI = torch.randn(256, num_inputs, generator=generator).bfloat16()
+        expected = linear(x_TI)
+        for num_rows in [1] * 40 + [2, 3, 5, 8, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 255]:
+            begin = dice.randrange(256 - num_rows + 1)
+            found = linear(x_TI[begin : begin + num_rows].contiguous())
+            same = torch.equal(found, expected[begin : begin + num_rows])
+            assert same, f"seed {seed}: {num_outputs} outputs, rows [{begin}, {begin + num_rows})"
