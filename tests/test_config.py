@@ -38,7 +38,7 @@ def test_several_bad_keys_are_all_named():
 def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path):
     make_tiny("mixtral", tmp_path)
     config = parse_config({"model": str(tmp_path), "layout": {"pp": 9}})
-    with pytest.raises(ConfigError, match="the layout does not fit the model: .*9"):
+    with pytest.raises(ConfigError, match=r"the layout does not fit the model: .*9"):
         check(config)
 
 

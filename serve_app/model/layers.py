@@ -9,9 +9,8 @@ from torch import Tensor
 
 from serve_app.model.cpu import can_pack
 
-
-# oneDNN sums longer inputs in blocks, but not those of a matrix of one row: for 64 shapes measured, a row's bits are the
-# same at every number of rows from 2 to 1024, and at 1 too up to this many inputs.
+# oneDNN sums longer inputs in blocks, but not those of a matrix of one row: over 64 shapes measured, a row's bits are
+# the same at every number of rows from 2 to 1024, and at 1 too up to this many inputs.
 SINGLE_ROW_MAX_INPUTS = 1024
 
 

@@ -19,7 +19,6 @@ from serve_app.model.spec import ModelSpec
 from serve_app.model.tiles import Heads, plan_attention
 from serve_app.model.timing import Part, StepTimer
 
-
 MAX_TIED = 64  # first places that are recomputed; a row where more are equal says nothing worth the memory
 
 
@@ -103,9 +102,10 @@ class Stage:
     def forward(self, batch: Batch, hidden_TD: Tensor | None, experts: Experts) -> Tensor:
         """One step. The first stage takes None for `hidden_TD`, the others what the stage before returned.
 
-        Returns the next stage's `hidden_TD`, in fp32 whatever the stage's dtype: layers add to it little by little, and
-        bf16 would round each time (on the demo model that is a third of the distance to the fp32 logits). On the last stage logits_RV, one row for each slice that has `sample`,
-        in plan order and in fp32. Writes the step's keys and values into the stage's pages.
+        Returns the next stage's `hidden_TD`; on the last stage logits_RV, one row for each slice that has `sample`, in
+        plan order. Both are fp32 whatever the stage's dtype: layers add to the residual stream little by little, and
+        bf16 would round each time (a third of the distance to the fp32 logits on the demo model). Writes the step's
+        keys and values into the stage's pages, and over `hidden_TD`.
         """
         if self.timer:
             self.timer.start()
@@ -157,7 +157,7 @@ def _sharpen(logits_RV: Tensor, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
     """Logits in fp32, the highest of each row recomputed in fp32 where bf16 could not tell them apart.
 
     At the size of real logits two neighbours in bf16 are 0.125 apart, so that several tokens share the first place in
-    about one row of twenty, and an argmax would choose by token id. Rounding keeps order: nothing else can be the first.
+    about one row of twenty, and an argmax would choose by token id. Rounding keeps order: no other token can be first.
     """
     if logits_RV.dtype == torch.float32:
         return logits_RV

@@ -109,15 +109,32 @@ class Server:
     def stats(self):
         return self.get("/health").json()["stats"]
 
-    def wait_idle(self, limit_s=30.0):
-        """The engine's statistics once nothing runs."""
+    def wait_stats(self, wanted, limit_s=30.0):
+        """The engine's statistics (sent once a second) when they are as `wanted(stats)`."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             stats = self.stats()
-            if not (stats["running"] or stats["waiting"]):
+            if wanted(stats):
                 return stats
             time.sleep(0.2)
-        raise AssertionError(f"not idle within {limit_s} s: {stats}")
+        raise AssertionError(f"not so within {limit_s} s: {stats}")
+
+    def wait_ended(self, num_ended):
+        """Wait until so many requests have ended, however, and nothing is held for them any more."""
+        return self.wait_stats(
+            lambda stats: (
+                sum(stats["finished_total"].values()) == num_ended
+                and stats["running"] == stats["waiting"] == stats["kv_usage"] == 0
+            )
+        )
+
+    def num_ended(self):
+        """Requests that ended so far, once two of the engine's reports agree that nothing runs."""
+        known = []
+        stats = self.wait_stats(
+            lambda stats: known.append(stats) or (stats["running"] == stats["waiting"] == 0 and stats in known[:-5])
+        )
+        return sum(stats["finished_total"].values())
 
     def _wait_ready(self):
         deadline = time.monotonic() + READY_S
