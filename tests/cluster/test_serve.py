@@ -59,17 +59,32 @@ def test_the_first_request_of_the_readme_is_answered(server):
     assert "Paris" in answer.json()["text"]
 
 
-def test_the_cluster_emits_what_one_process_emits(server, demo_folder):
+def ask_all(server, **sampling):
+    """Token ids by question, all asked at once."""
+
+    async def run():
+        async with client_of(server) as client:
+            answers = await asyncio.gather(
+                *(client.post("/generate", json=body_of(question, **sampling)) for question in QUESTIONS)
+            )
+        return [answer.json()["output_ids"] for answer in answers]
+
+    return dict(zip(QUESTIONS, asyncio.run(run()), strict=True))
+
+
+def ask_local(demo_folder, max_new_tokens, **config):
+    """The same of one process."""
     tokenizer = Tokenizer.load(demo_folder)
-    engine = LocalEngine.load(Checkpoint.open(demo_folder), OctavoConfig.model_validate({"worker": {"kv_gib": 0.25}}))
-    sampling = SamplingParams(max_new_tokens=32, temperature=0.0)
-    requests = [
-        Request(question, tokenizer.encode_chat([{"role": "user", "content": question}]), sampling)
-        for question in QUESTIONS
-    ]
-    expected, _ = collect_local(engine, requests)
-    answers = {q: server.generate(body_of(q, max_new_tokens=32)).json()["output_ids"] for q in QUESTIONS}
-    assert answers == expected
+    settings = OctavoConfig.model_validate({"worker": {"kv_gib": 0.25}} | config)
+    engine = LocalEngine.load(Checkpoint.open(demo_folder), settings)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    prompts = {question: tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS}
+    tokens, _ = collect_local(engine, [Request(question, prompt, sampling) for question, prompt in prompts.items()])
+    return tokens
+
+
+def test_the_cluster_emits_what_one_process_emits(server, demo_folder):
+    assert ask_all(server, max_new_tokens=32) == ask_local(demo_folder, 32)
 
 
 def test_clients_that_go_away_leave_no_page_held(server):
@@ -105,8 +120,8 @@ def test_killed_worker_changes_no_token(server):
             ]
             streams = [asyncio.create_task(stream(client, body)) for body in bodies]
             if kill:
-                while server.stats()["generation_tokens_total"] < began + 40:
-                    await asyncio.sleep(0.05)
+                wanted = began + 40
+                await asyncio.to_thread(server.wait_stats, lambda stats: stats["generation_tokens_total"] >= wanted)
                 server.processes("ray::WorkerActor")[0].send_signal(signal.SIGKILL)
             return await asyncio.gather(*streams)
 
