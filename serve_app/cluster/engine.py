@@ -23,8 +23,9 @@ class EngineService:
         self._mesh = self._network.mesh()
         self._mesh.connect(ENGINE, self._mesh.address)  # to stop its own loop
         core = EngineCore(engine_config(config, spec, config.layout.pp))
-        self._loop = threading.Thread(target=EngineLoop(core, self._mesh).run, name="engine-loop", daemon=True)
-        self._cell = Cell(config, spec, self._network, self._mesh.address)
+        loop = EngineLoop(core, self._mesh)
+        self._loop = threading.Thread(target=loop.run, name="engine-loop", daemon=True)
+        self._cell = Cell(config, spec, self._network, self._mesh.address, loop)
         self._keeper = threading.Thread(target=self._cell.run, name="cell-keeper", daemon=True)
         self._loop.start()
         self._keeper.start()
@@ -32,11 +33,6 @@ class EngineService:
     def endpoint(self) -> tuple[str, Network]:
         """Where an ingress replica finds this engine, and the key to speak to it."""
         return self._mesh.address, self._network
-
-    async def cell(self) -> dict[str, object]:
-        """The router's view of the cell."""
-        view: dict[str, object] = await self._cell.snapshot()
-        return view
 
     def check_health(self) -> None:
         """Serve replaces an engine whose threads have ended."""

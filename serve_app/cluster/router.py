@@ -3,7 +3,7 @@
 import threading
 
 from serve_app.cluster.node import Network
-from serve_app.experts.layout import Layout
+from serve_app.experts.layout import Layout, Seat
 from serve_app.runtime.router import Pair, Registry
 from serve_app.runtime.wire import ExpertLoad, Form
 
@@ -22,9 +22,9 @@ class RouterActor:
         with self._lock:
             return self._registry.tables()
 
-    def pairs(self, stage: int, rank: int) -> list[Pair]:
+    def pairs(self) -> dict[Seat, list[Pair]]:
         with self._lock:
-            return self._registry.pairs(stage, rank)
+            return self._registry.pairs()
 
     def record(self, form: Form) -> None:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from serve_app.cluster.node import Network, log_to_stderr
 from serve_app.config import OctavoConfig
-from serve_app.runtime.names import ENGINE, ROUTER
+from serve_app.runtime.names import ENGINE
 from serve_app.runtime.router import Pair
 
 
@@ -14,7 +14,7 @@ class WorkerActor:
         layers: range,
         pairs: list[Pair],
         network: Network,
-        addresses: dict[str, str],
+        engine_address: str,
     ) -> None:
         """Load, say hello to the engine, and serve until stopped. Errors of loading are this call's errors."""
         # torch is for this process alone: the engine, which imports this module too, stays small without it
@@ -27,6 +27,5 @@ class WorkerActor:
         log_to_stderr()
         loaded = load(Checkpoint.open(resolve(config.model, silent, fetch=False)), config, layers, pairs)
         with network.mesh() as mesh:
-            mesh.connect(ENGINE, addresses[ENGINE])
-            mesh.connect(ROUTER, addresses[ROUTER])
+            mesh.connect(ENGINE, engine_address)
             Worker(name, loaded, mesh).run()

@@ -18,10 +18,11 @@ from serve_app.ingress.client import EngineStatus, EngineUnavailableError
 from serve_app.ingress.door import Limits, ModelInfo
 from serve_app.model.spec import ModelSpec
 from serve_app.model.tokenizer import Tokenizer
-from serve_app.runtime.client import EngineClient
+from serve_app.runtime.client import ConnectionLostError, EngineClient
 from serve_app.runtime.settings import max_context_tokens
 
 SILENT_S = 5.0  # an engine not heard for this long is not live
+LOST_S = 30.0  # and after this long it may have come back elsewhere
 
 
 class CellEngine:
@@ -35,9 +36,12 @@ class CellEngine:
         status = await self.status()
         if not status.live or self._client.epoch == 0:  # later than its first epoch, a cell that re-forms goes on
             raise EngineUnavailableError(status.reason)
-        async with aclosing(self._client.submit(request)) as emissions:
-            async for emission in emissions:
-                yield emission
+        try:
+            async with aclosing(self._client.submit(request)) as emissions:
+                async for emission in emissions:
+                    yield emission
+        except ConnectionLostError as error:
+            raise EngineUnavailableError(str(error)) from None
 
     async def status(self) -> EngineStatus:
         latest, age_s = self._client.latest()
@@ -67,6 +71,15 @@ class IngressService:
         )
         limits = Limits(max_body_bytes=config.limits.max_body_bytes, max_prompts=config.limits.max_prompts)
         self._app = create_app(CellEngine(self._client, config.scheduler.page_tokens), tokenizer, info, limits)
+
+    def check_health(self) -> None:
+        """Serve replaces an ingress that has lost its engine; the new one asks where the engine is now."""
+        _, age_s = self._client.latest()
+        if age_s > LOST_S:
+            raise RuntimeError(f"the engine has not been heard for {age_s:.0f} s")
+
+    def __del__(self) -> None:
+        self._client.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

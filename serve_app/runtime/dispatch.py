@@ -58,17 +58,19 @@ class MeshExperts:
         y_TKD[order_N] = y_ND
         return y_TKD.view(num_tokens, top_k, -1)
 
-    def serve(self, message: ExpertCall, frame: memoryview) -> None:
-        """Run a peer's rows and send them back."""
-        x_ND = read_tensor(message.dtype, message.shape, frame, self._host.device)
+    def serve(self, message: ExpertCall, frame: memoryview | None) -> None:
+        """Run a peer's rows and send them back. ValueError or KeyError where call, frame and experts disagree."""
+        x_ND = read_tensor(message, frame, self._host.device)
+        if sum(message.counts) != len(x_ND):
+            raise ValueError(f"{sum(message.counts)} rows announced, {len(x_ND)} sent")
         y_ND = self._run(message.layer, x_ND, message.experts, message.counts)
         reply = ExpertReply(self._epoch, message.call, *tensor_header(y_ND))
         self._mesh.send(message.sender, reply, tensor_frame(y_ND))
 
-    def accept(self, message: ExpertReply, frame: memoryview) -> None:
-        """Take the rows of a call that this worker made."""
+    def accept(self, message: ExpertReply, frame: memoryview | None) -> None:
+        """Take the rows of a call that this worker made. ValueError where header and frame disagree."""
         if message.call in self._awaited:
-            self._awaited[message.call] = read_tensor(message.dtype, message.shape, frame, self._host.device)
+            self._awaited[message.call] = read_tensor(message, frame, self._host.device)
 
     def take_loads(self) -> list[tuple[int, int, int]]:
         loads, self.loads = self.loads, {}

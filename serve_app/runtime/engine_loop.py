@@ -19,6 +19,7 @@ from serve_app.runtime.wire import (
     Hello,
     Join,
     Joined,
+    Leave,
     Lost,
     Member,
     Message,
@@ -31,6 +32,7 @@ from serve_app.runtime.wire import (
 log = logging.getLogger(__name__)
 
 STATUS_S = 1.0  # between two status messages to an ingress replica
+STEP_LIMIT_S = 120.0  # after this long without an end of a step, new traffic is not welcome
 INGRESS_SILENT_S = 10.0  # after this long without a word from an ingress replica its requests are cancelled
 DRAIN_LIMIT = 1_000  # messages handled before tokens are sent, however many more wait
 
@@ -42,15 +44,16 @@ class EngineLoop:
         self._core = core
         self._mesh = mesh
         self._hellos: dict[str, Hello] = {}
-        self._form: Form | None = None  # the newest
-        self._epoch = 0  # the newest that began
-        self._awaited: set[str] = set()  # workers that have not joined the epoch being formed
+        self._form: Form | None = None  # the newest whose members all live
+        self._awaited: set[str] = set()  # its workers that were called and have not joined
+        self.epoch = 0  # the newest that began; the cell's keeper reads it from its own thread
+        self._sent_s: dict[tuple[int, int], float] = {}  # (replica, step) in flight -> when it was sent
         self._seats: dict[tuple[int, int], str] = {}
         self._owners: dict[str, str] = {}  # rid -> ingress replica
         self._heard_s: dict[str, float] = {}  # ingress replica -> when it was last heard
         self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
         self._ready = False
-        self._reason = "starting"
+        self.reason = "starting"  # read by the keeper too
         self._told_s = 0.0
         self._stopped = False
 
@@ -75,6 +78,7 @@ class EngineLoop:
     def _handle(self, message: Message) -> None:
         match message:
             case StepDone():
+                self._sent_s.pop((message.replica, message.step), None)
                 self._on(message)
             case From(name, event):
                 self._enter(name, event)
@@ -82,15 +86,15 @@ class EngineLoop:
                 self._attach(name, address)
             case Hello():
                 self._hellos[message.name] = message
-                self._try_join()
+                self._call()
             case Form():
                 self._form = message
-                self._try_join()
+                self._awaited.clear()
+                self._call()
             case Joined(epoch, name) if self._form and epoch == self._form.epoch:
                 self._joined(name)
             case Lost(name, why):
-                self._hellos.pop(name, None)
-                self._not_ready(f"worker {name} was lost: {why}")
+                self._lose(name, why)
             case Phase(reason):
                 self._not_ready(reason)
             case Stop():
@@ -112,6 +116,7 @@ class EngineLoop:
         for command in commands:
             match command:
                 case Run(plan):
+                    self._sent_s[plan.replica, plan.step] = time.monotonic()
                     for name in self._stages_of(plan.replica):
                         self._mesh.send(name, plan)
                 case Emit(emission):
@@ -137,6 +142,9 @@ class EngineLoop:
         now = time.monotonic()
         if now - self._told_s < STATUS_S:
             return
+        oldest_s = min(self._sent_s.values(), default=now)
+        if self._ready and now - oldest_s > STEP_LIMIT_S:
+            self._not_ready(f"a step has been under way for {now - oldest_s:.0f} s: a worker hangs")
         self._tell()
         for name in [name for name, heard_s in self._heard_s.items() if now - heard_s > INGRESS_SILENT_S]:
             self._detach(name)
@@ -156,49 +164,62 @@ class EngineLoop:
             self._mesh.send(name, status)
 
     def _status(self) -> Status:
-        return Status(self._ready, self._reason, self._epoch, self._core.stats())
+        return Status(self._ready, self.reason, self.epoch, self._core.stats())
 
     # -- membership -----------------------------------------------------------------------------------------------
 
-    def _try_join(self) -> None:
+    def _call(self) -> None:
         """Call the workers of the newest form into its epoch, once all of them have said hello."""
         form = self._form
-        if form is None or form.epoch == self._epoch:
+        if form is None or form.epoch == self.epoch or self._awaited:
             return
         missing = [name for name, _, _ in form.seats if name not in self._hellos]
         if missing:
             self._not_ready(f"{len(form.seats) - len(missing)} of {len(form.seats)} workers have loaded")
             return
         members = [Member(name, self._hellos[name].address, stage, replica) for name, stage, replica in form.seats]
-        self._seats = {(member.stage, member.replica): member.name for member in members}
         self._awaited = {member.name for member in members}
         for member in members:
             self._mesh.connect(member.name, member.address)
-            self._mesh.send(member.name, Join(form.epoch, members, form.tables[member.stage]))
+            self._mesh.send(member.name, Join(form.epoch, members, form.tables[member.stage], form.router))
 
     def _joined(self, name: str) -> None:
+        form = self._form
         self._awaited.discard(name)
-        assert self._form is not None
-        if self._awaited or self._form.epoch == self._epoch:
+        if form is None or self._awaited or form.epoch == self.epoch:
             return
+        self._seats = {(stage, replica): worker for worker, stage, replica in form.seats}
         num_pages = min(self._hellos[worker].num_pages for worker in self._seats.values())
         num_replicas = 1 + max(replica for _, replica in self._seats)
-        self._epoch = self._form.epoch
-        self._ready, self._reason = True, "ready"
+        self.epoch = form.epoch
+        self._sent_s.clear()
+        self._ready, self.reason = True, "ready"
         self._tell()
-        self._on(Begin(self._epoch, num_replicas, num_pages))
+        self._on(Begin(self.epoch, num_replicas, num_pages))
         log.info("%s", self._account(num_pages))
+
+    def _lose(self, name: str, why: str) -> None:
+        """A worker is gone: its epoch is over, and the survivors wait for the keeper's next form."""
+        self._hellos.pop(name, None)
+        self._mesh.disconnect(name)
+        if self._form and any(name == member for member, _, _ in self._form.seats):
+            for survivor in [member for member, _, _ in self._form.seats if member in self._hellos]:
+                self._mesh.send(survivor, Leave(self._form.epoch))
+            self._form = None
+            self._awaited.clear()
+        self._sent_s.clear()
+        self._not_ready(f"worker {name} was lost: {why}")
 
     def _account(self, num_pages: int) -> str:
         hellos = [self._hellos[name] for name in self._seats.values()]
         return (
-            f"ready: epoch {self._epoch} began with {len(hellos)} workers, {num_pages} KV pages per replica;"
+            f"ready: epoch {self.epoch} began with {len(hellos)} workers, {num_pages} KV pages per replica;"
             f" the slowest loaded in {max(hello.load_s for hello in hellos):.1f} s,"
             f" together they hold {sum(hello.resident_bytes for hello in hellos) / 2**30:.1f} GiB"
         )
 
     def _not_ready(self, reason: str) -> None:
-        self._ready, self._reason = False, reason
+        self._ready, self.reason = False, reason
         self._tell()
 
     def _stop(self) -> None:

@@ -1,5 +1,8 @@
 """Tensors as raw frames behind a message's header."""
 
+import math
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -17,15 +20,26 @@ def tensor_frame(x: Tensor) -> memoryview:
     return _bytes(x.cpu().contiguous())
 
 
-def read_tensor(dtype: str, shape: tuple[int, ...], frame: memoryview, device: torch.device) -> Tensor:
+class Header(Protocol):
+    """A message that announces a tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def read_tensor(header: Header, frame: memoryview | None, device: torch.device) -> Tensor:
     """A tensor of its own memory on `device` from a received frame. ValueError where frame and header disagree."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"tensor frame of unknown dtype {dtype!r}")
-    out = torch.empty(shape, dtype=_DTYPES[dtype])
-    target = _bytes(out)
-    if target.nbytes != frame.nbytes:
-        raise ValueError(f"tensor frame of {frame.nbytes} bytes where {target.nbytes} were announced")
-    target[:] = frame.cast("B")
+    dtype = _DTYPES.get(header.dtype)
+    if dtype is None or frame is None:
+        raise ValueError(f"no tensor frame, or one of unknown dtype {header.dtype!r}")
+    num_bytes = math.prod(header.shape) * dtype.itemsize
+    if min(header.shape, default=0) < 0 or num_bytes != frame.nbytes:
+        raise ValueError(f"tensor frame of {frame.nbytes} bytes where {num_bytes} were announced")
+    out = torch.empty(header.shape, dtype=dtype)
+    _bytes(out)[:] = frame.cast("B")
     return out.to(device)
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from serve_app.config import OctavoConfig
+from serve_app.errors import ConfigError
 from serve_app.model.cpu import pick_dtype
 from serve_app.model.moe import ExpertHost, Weights
 from serve_app.model.spec import ModelSpec
 from serve_app.model.stage import Stage, kv_bytes_per_page
 from serve_app.model.timing import StepTimer
+from serve_app.runtime.settings import max_context_tokens
 
 Pair = tuple[int, int]  # (layer, expert)
 
@@ -44,9 +46,12 @@ def load(
     begun_s = time.monotonic()
     torch.set_num_threads(config.worker.num_threads)
     device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("`device` = 'cuda', but torch finds no CUDA device here")
     dtype = pick_dtype(device, config.dtype)
     page_tokens = config.scheduler.page_tokens
     num_pages = pages_that_fit(weights.spec, layers, page_tokens, dtype, config.worker.kv_gib)
+    _check_room(config, weights.spec, num_pages * page_tokens)
     stage = Stage.load(
         weights, layers, num_pages=num_pages, page_tokens=page_tokens, dtype=dtype, device=device, timer=timer
     )
@@ -54,6 +59,15 @@ def load(
     loaded.host_experts(pairs)
     loaded.load_s = time.monotonic() - begun_s
     return loaded
+
+
+def _check_room(config: OctavoConfig, spec: ModelSpec, num_tokens: int) -> None:
+    wanted = max_context_tokens(config, spec)
+    if num_tokens < wanted:
+        raise ConfigError(
+            f"`worker.kv_gib` = {config.worker.kv_gib:g} holds the KV of {num_tokens} tokens, and one context may have"
+            f" {wanted}: raise it, or lower `scheduler.max_context_tokens`"
+        )
 
 
 def load_whole(weights: Weights, config: OctavoConfig, timer: StepTimer | None = None) -> Loaded:

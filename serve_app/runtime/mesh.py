@@ -95,15 +95,21 @@ class Mesh:
             if known:
                 known[1].close(0)
 
-    def send(self, name: str, message: wire.Message, frame: memoryview | None = None) -> None:
-        """Queue a message. To a peer that is unknown or takes no more it is dropped, counted and logged."""
+    def keep(self, names: set[str]) -> None:
+        """Close the ways to all other peers: a socket to the dead would go on trying for ever."""
+        for name in [name for name in self._peers if name not in names]:
+            self.disconnect(name)
+
+    def send(self, name: str, message: wire.Message, frame: memoryview | None = None) -> bool:
+        """Queue a message. To a peer that is unknown or takes no more it is dropped, counted and logged: False."""
         header = wire.encode(message)
         parts: list[bytes | memoryview] = [header] if frame is None else [header, frame]
         with self._sending:
             if self._try_send(name, parts):
-                return
+                return True
             self.num_dropped += 1
         log.warning("message %s to %s dropped: the peer is unknown or takes no more", type(message).__name__, name)
+        return False
 
     def _try_send(self, name: str, parts: list[bytes | memoryview]) -> bool:
         known = self._peers.get(name)
@@ -122,7 +128,7 @@ class Mesh:
         header, *frames = self._inbox.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
             message = wire.decode(header.buffer)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self.num_dropped += 1
             log.warning("a message that is not ours dropped: %s", error)
             return None

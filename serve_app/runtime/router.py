@@ -5,7 +5,7 @@ Bytes never pass through here. The tables it makes are on every worker; a router
 
 from collections import Counter
 
-from serve_app.experts.layout import Layout
+from serve_app.experts.layout import Layout, Seat
 from serve_app.experts.placement import Placement, place
 from serve_app.runtime.wire import ExpertLoad, Form
 
@@ -16,6 +16,7 @@ class Registry:
     """Placement, load and membership of one cell."""
 
     def __init__(self, layout: Layout, stages: list[range], num_experts: int) -> None:
+        self._layout = layout
         self._stages = stages
         self._num_experts = num_experts
         self._placements: list[Placement] = [place(layers, num_experts, layout.group_size) for layers in stages]
@@ -29,12 +30,16 @@ class Registry:
             for layers, placement in zip(self._stages, self._placements, strict=True)
         ]
 
-    def pairs(self, stage: int, rank: int) -> list[Pair]:
-        """The (layer, expert) pairs that one worker is to hold."""
-        table = self.tables()[stage]
+    def pairs(self) -> dict[Seat, list[Pair]]:
+        """The (layer, expert) pairs that the worker of each seat is to hold."""
+        tables = self.tables()
+        return {seat: self._held(seat, tables[seat.stage]) for seat in self._layout.seats()}
+
+    def _held(self, seat: Seat, table: list[list[int]]) -> list[Pair]:
+        rank = self._layout.group_rank(seat)
         return [
             (layer, expert)
-            for layer, ranks in zip(self._stages[stage], table, strict=True)
+            for layer, ranks in zip(self._stages[seat.stage], table, strict=True)
             for expert, host in enumerate(ranks)
             if host == rank
         ]

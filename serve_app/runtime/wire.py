@@ -9,7 +9,7 @@ from serve_app.engine.core import EngineStats
 from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
 from serve_app.engine.request import Emission
 
-MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 are a third of it
+MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 in fp32 are two thirds of it
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -40,6 +40,13 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
     epoch: int
     members: list[Member]
     table: list[list[int]]
+    router: str  # address of the router's inbox
+
+
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """A member was lost: whoever is in this epoch or an older one drops its steps and waits for the next Join."""
+
+    epoch: int
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
@@ -59,6 +66,7 @@ class Form(msgspec.Struct, frozen=True, array_like=True, tag="form"):
 
     epoch: int
     seats: list[tuple[str, int, int]]  # name, stage, replica
+    router: str  # address
     tables: list[list[list[int]]]
 
 
@@ -149,6 +157,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
 Message = (
     Hello
     | Join
+    | Leave
     | Joined
     | Lost
     | Form

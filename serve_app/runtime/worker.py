@@ -26,6 +26,7 @@ from serve_app.runtime.wire import (
     Hidden,
     Join,
     Joined,
+    Leave,
     Member,
     Stop,
 )
@@ -55,7 +56,6 @@ class Worker:
         self._hidden: dict[int, Tensor] = {}
         self._stopped = False
         self._reported_s = 0.0
-        self.num_stale = 0
 
     def run(self) -> None:
         """Say hello, then answer messages until told to stop."""
@@ -116,25 +116,55 @@ class Worker:
             case Stop():
                 self._stopped = True
                 raise _EpochEndedError
-            case Plan() | Hidden() | ExpertCall() | ExpertReply() if message.epoch != self._epoch:
-                self.num_stale += 1
-            case Plan():
-                self._plans.append(message)
-            case Hidden() if frame is not None:
-                self._hidden[message.step] = read_tensor(message.dtype, message.shape, frame, self._stage.device)
-            case ExpertCall() if frame is not None and self._experts:
-                self._experts.serve(message, frame)
-            case ExpertReply() if frame is not None and self._experts:
-                self._experts.accept(message, frame)
+            case Leave(epoch):
+                self._leave(epoch)
+            case Plan() | Hidden() | ExpertCall() | ExpertReply() if self._is_stale(message.epoch):
+                log.debug("%s dropped a %s of epoch %d", self.name, type(message).__name__, message.epoch)
+            case Plan() | Hidden() | ExpertCall() | ExpertReply():
+                self._take(message, frame)
             case _:
                 log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
 
+    def _take(self, message: Plan | Hidden | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
+        """A part of a step of this epoch. What does not fit is dropped: it cannot have come from a member."""
+        assert self._experts is not None
+        try:
+            match message:
+                case Plan():
+                    self._plans.append(message)
+                case Hidden():
+                    self._hidden[message.step] = read_tensor(message, frame, self._stage.device)
+                case ExpertCall():
+                    self._experts.serve(message, frame)
+                case ExpertReply():
+                    self._experts.accept(message, frame)
+        except (ValueError, KeyError) as error:
+            log.warning("%s dropped a %s that does not fit: %s", self.name, type(message).__name__, error)
+
+    def _is_stale(self, epoch: int) -> bool:
+        return self._experts is None or epoch != self._epoch
+
+    def _leave(self, epoch: int) -> None:
+        """Wait for the next Join: steps with a lost member in them would wait in vain."""
+        if epoch >= self._epoch and self._experts is not None:
+            self._forget()
+            raise _EpochEndedError
+
+    def _forget(self) -> None:
+        self._experts = None
+        self._plans.clear()
+        self._hidden.clear()
+
     def _join(self, message: Join) -> None:
         """Take a seat in a new epoch. What belonged to the old one is forgotten."""
-        if message.epoch <= self._epoch:
-            self.num_stale += 1
+        if message.epoch < self._epoch:
+            return
+        if message.epoch == self._epoch and self._experts:  # asked again: the answer was lost
+            self._mesh.send(ENGINE, Joined(message.epoch, self.name))
             return
         own = next(member for member in message.members if member.name == self.name)
+        self._mesh.keep({ENGINE, ROUTER, *(member.name for member in message.members)})
+        self._mesh.connect(ROUTER, message.router)
         for member in message.members:
             if member.name != self.name:
                 self._mesh.connect(member.name, member.address)
@@ -150,8 +180,7 @@ class Worker:
         )
         self._next = _successor(message.members, own)
         self._epoch = message.epoch
-        self._plans.clear()
-        self._hidden.clear()
+        self._forget()
         self._experts = MeshExperts(
             self._mesh,
             self._loaded.host,

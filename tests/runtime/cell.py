@@ -10,7 +10,7 @@ from serve_app.experts.layout import Layout, stage_layers
 from serve_app.runtime.engine_loop import EngineLoop
 from serve_app.runtime.load import load
 from serve_app.runtime.mesh import Mesh
-from serve_app.runtime.names import ENGINE, ROUTER
+from serve_app.runtime.names import ENGINE
 from serve_app.runtime.router import Registry
 from serve_app.runtime.settings import engine_config
 from serve_app.runtime.wire import Attach, Form, From, Lost, Status, Stop, Tokens
@@ -58,11 +58,10 @@ class ThreadedCell:
 
     def spawn(self, seat):
         name = f"w{seat.stage}.{seat.replica}-{uuid.uuid4().hex[:4]}"
-        pairs = self.registry.pairs(seat.stage, self.layout.group_rank(seat))
+        pairs = self.registry.pairs()[seat]
         loaded = load(self.weights, self.config, self.stages[seat.stage], pairs)
         mesh = self._stack.enter_context(Mesh())
         mesh.connect(ENGINE, self.engine_mesh.address)
-        mesh.connect(ROUTER, self.router_mesh.address)
         self.mesh.connect(name, mesh.address)
         self.names[seat] = name
         self.workers[name] = Worker(name, loaded, mesh)
@@ -76,7 +75,7 @@ class ThreadedCell:
     def form(self):
         self.epoch += 1
         seats = [(name, seat.stage, seat.replica) for seat, name in self.names.items()]
-        self.mesh.send(ENGINE, Form(self.epoch, seats, self.registry.tables()))
+        self.mesh.send(ENGINE, Form(self.epoch, seats, self.router_mesh.address, self.registry.tables()))
 
     def submit(self, request):
         self.mesh.send(ENGINE, From("test", Submit(request)))

@@ -20,7 +20,7 @@ def test_a_tensor_arrives_bit_for_bit(dtype, shape):
         here.send("there", ExpertReply(3, 9, *tensor_header(x)), tensor_frame(x))
         message, frame = there.receive(WAIT_S)
         assert (message.epoch, message.call) == (3, 9)
-        assert torch.equal(read_tensor(message.dtype, message.shape, frame, torch.device("cpu")), x)
+        assert torch.equal(read_tensor(message, frame, torch.device("cpu")), x)
 
 
 def test_messages_of_one_sender_keep_their_order():
@@ -43,19 +43,27 @@ def test_a_peer_that_is_not_there_blocks_nobody():
 def test_what_is_not_ours_is_dropped_and_counted():
     with Mesh() as mesh, zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
         stranger.connect(mesh.address)
-        for garbage in (b"", b"\xff\xff", b"hello", b"\x92\xa4plan\x01"):
-            stranger.send(garbage)
+        not_utf8, too_deep = b"\x92\xa5phase\xa1\xff", b"\x93\xa5phase\xa1x" + b"\x91" * 100_000
+        garbage = (b"", b"\xff\xff", b"hello", b"\x92\xa4plan\x01", not_utf8, too_deep)
+        for message in garbage:
+            stranger.send(message)
         stranger.send_multipart([b"not msgpack", b"frame"])
-        for _ in range(5):
+        for _ in range(len(garbage) + 1):
             assert mesh.receive(WAIT_S) is None
-        assert mesh.num_dropped == 5
+        assert mesh.num_dropped == len(garbage) + 1
 
 
 def test_a_frame_that_does_not_fit_its_header_is_refused():
-    with pytest.raises(ValueError, match="12 bytes where 16"):
-        read_tensor("float32", (4,), memoryview(b"x" * 12), torch.device("cpu"))
-    with pytest.raises(ValueError, match="unknown dtype"):
-        read_tensor("object", (4,), memoryview(b"x" * 16), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    for dtype, shape, frame, why in (
+        ("float32", (4,), b"x" * 12, "12 bytes where 16"),
+        ("float32", (-1, -4), b"x" * 16, "16 bytes where 16"),
+        ("float32", (1 << 40,), b"x" * 16, "16 bytes where"),
+        ("object", (4,), b"x" * 16, "unknown dtype"),
+        ("float32", (4,), None, "no tensor frame"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            read_tensor(ExpertReply(1, 1, dtype, shape), frame and memoryview(frame), cpu)
 
 
 def test_off_loopback_a_key_is_required():
