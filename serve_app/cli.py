@@ -4,15 +4,19 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from serve_app import __version__
-from serve_app.config import OctavoConfig, parse_config
+from serve_app.config import parse_config
 from serve_app.errors import ConfigError, OctavoError
+
+if TYPE_CHECKING:
+    from serve_app.model.tokenizer import Tokenizer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +43,7 @@ def main() -> None:
     try:
         app()
     except OctavoError as error:
-        err.print(f"[red]octavo:[/red] {error}", highlight=False)
+        err.print(f"[red]octavo:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -52,13 +56,17 @@ def version() -> None:
 @app.command()
 def fetch(
     model: Annotated[str, typer.Argument(help="`demo`, or a Hugging Face hub id")] = "demo",
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte of the demo model that is there")] = False,
 ) -> None:
     """Get a model ready to serve; does nothing when it is already there."""
+    from serve_app.fetch.demo import fetch_demo
     from serve_app.fetch.hub import resolve
     from serve_app.fetch.progress import progress_bar
 
+    if verify and model != "demo":
+        raise OctavoError(f"--verify is for the demo model: no hashes are known of {model}")
     with progress_bar() as report:
-        folder = resolve(model, report)
+        folder = fetch_demo(report, verify=True) if verify else resolve(model, report)
     print(folder)
 
 
@@ -79,18 +87,21 @@ def serve(
 def _octavo_args(config: Path) -> Iterator[dict[str, Any]]:
     """The `args` of each application in a Serve config file that is ours. ConfigError if there is none."""
     try:
-        content = yaml.safe_load(config.read_text())
+        content = yaml.safe_load(config.read_bytes())
         ours = [entry for entry in content["applications"] if entry["import_path"] == IMPORT_PATH]
     except OSError as error:
         raise ConfigError(f"{config} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
         raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
     except (TypeError, KeyError):
         raise ConfigError(f"{config} is no Ray Serve config: it needs a list `applications`") from None
     if not ours:
         raise ConfigError(f"{config} has no application with the import_path {IMPORT_PATH}")
     for entry in ours:
-        yield entry.get("args") or {}
+        args = entry.get("args") or {}
+        if not isinstance(args, dict):
+            raise ConfigError(f"the `args` of {IMPORT_PATH} in {config} are no mapping of keys to values")
+        yield args
 
 
 @app.command()
@@ -99,7 +110,7 @@ def generate(
     model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 is greedy")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="of the sampling")] = 0,
     raw: Annotated[bool, typer.Option(help="continue the text as it stands, without the chat template")] = False,
     threads: Annotated[int, typer.Option(min=1, help="threads that compute")] = os.cpu_count() or 1,
 ) -> None:
@@ -107,25 +118,35 @@ def generate(
     from serve_app.engine.request import Request, SamplingParams
     from serve_app.fetch.hub import resolve
     from serve_app.fetch.progress import silent
-    from serve_app.model.checkpoint import Checkpoint
     from serve_app.model.tokenizer import Detokenizer, Tokenizer
-    from serve_app.runtime.local import LocalEngine
     from serve_app.runtime.settings import check
 
-    config = OctavoConfig.model_validate({"model": model, "worker": {"num_threads": threads}})
+    config = parse_config({"model": model, "worker": {"num_threads": threads}})
     spec = check(config)
     folder = resolve(model, silent, fetch=False)
     tokenizer = Tokenizer.load(folder)
-    tokens = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    tokens = _prompt_tokens(tokenizer, prompt, raw)
     if not 0 < len(tokens) < spec.max_positions:
         raise OctavoError(f"the prompt is {len(tokens)} tokens; it must be 1 to {spec.max_positions - 1}")
     with err.status("loading"):
+        from serve_app.model.checkpoint import Checkpoint
+        from serve_app.runtime.local import LocalEngine  # torch: seconds that a refused prompt need not wait
+
         engine = LocalEngine.load(Checkpoint.open(folder), config)
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     text = Detokenizer(tokenizer, skip_special_tokens=True)
     for emission in engine.generate([Request("cli", tokens, sampling)]):
         print(text.push(emission.tokens), end="", flush=True)
     print(text.finish())
+
+
+def _prompt_tokens(tokenizer: "Tokenizer", prompt: str, raw: bool) -> list[int]:
+    try:
+        return tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    except UnicodeError:
+        raise OctavoError("the prompt is not valid UTF-8") from None
+    except ValueError as error:
+        raise OctavoError(f"{error} (--raw sends the prompt as it stands)") from None
 
 
 @app.command()

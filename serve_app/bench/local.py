@@ -1,9 +1,10 @@
 """A benchmark of the whole model in this process: no HTTP, no cluster, only the engine core and the model step."""
 
 import time
+from collections.abc import Sequence
 
-from serve_app.bench.measure import Figures, Trace, Workload, figures
-from serve_app.config import OctavoConfig
+from serve_app.bench.measure import Advance, BenchError, Figures, Trace, Workload, figures
+from serve_app.config import OctavoConfig, parse_config
 from serve_app.engine.request import Request, SamplingParams
 from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import silent
@@ -37,10 +38,10 @@ REFERENCE = ModelSpec(
 
 
 class LocalBench:
-    """A loaded model to run workloads on."""
+    """A loaded model to run `workloads` on. OctavoError where it cannot be, or they do not fit its context."""
 
-    def __init__(self, model: str, threads: int) -> None:
-        config = OctavoConfig.model_validate(
+    def __init__(self, model: str, threads: int, workloads: Sequence[Workload]) -> None:
+        config = parse_config(
             {
                 "model": model,
                 "worker": {"num_threads": threads},
@@ -49,11 +50,12 @@ class LocalBench:
         )
         self._timer = StepTimer()
         weights = _weights(config)
+        _check_context(weights.spec, workloads)
         self._vocab_size = weights.spec.vocab_size
         self._engine = LocalEngine.load(weights, config, self._timer)
-        self.run(Workload(2, 16, 4))  # first touches are slow
+        self.run(Workload(2, 16, 4), lambda num_tokens: None)  # first touches are slow
 
-    def run(self, workload: Workload) -> Figures:
+    def run(self, workload: Workload, advance: Advance) -> Figures:
         """One batch, from submission to its last token."""
         self._timer.reset()
         traces = {}
@@ -66,12 +68,23 @@ class LocalBench:
         begun_s = time.perf_counter()
         for emission in self._engine.generate(requests):
             traces[emission.rid].add(time.perf_counter(), len(emission.tokens))
+            advance(len(emission.tokens))
         return figures(workload, list(traces.values()), self._shares(time.perf_counter() - begun_s))
 
     def _shares(self, total_s: float) -> dict[str, float]:
         """Of all the time that passed; what the stage did not book is the engine's, the sampler's and this loop's."""
         shares = {part: seconds / total_s for part, seconds in sorted(self._timer.seconds.items())}
         return shares | {"engine": 1 - sum(shares.values())}
+
+
+def _check_context(spec: ModelSpec, workloads: Sequence[Workload]) -> None:
+    for workload in workloads:
+        num_tokens = workload.prompt_tokens + workload.output_tokens
+        if num_tokens > spec.max_positions:
+            raise BenchError(
+                f"{workload.prompt_tokens} prompt tokens and {workload.output_tokens} output tokens do not fit the"
+                f" model's context of {spec.max_positions}"
+            )
 
 
 def _weights(config: OctavoConfig) -> Weights:

@@ -1,10 +1,18 @@
 """What a benchmark run is made of, and the figures that come out of it. Seconds and tokens; no engine, no HTTP."""
 
+import math
 import random
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
+
+from serve_app.errors import OctavoError
+
+Advance = Callable[[int], None]  # called with the number of tokens that have just come
+
+
+class BenchError(OctavoError):
+    """What was to be measured could not be."""
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -15,8 +23,14 @@ class Workload(msgspec.Struct, frozen=True):
     output_tokens: int
     seed: int = 0
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all requests."""
+        return self.batch * self.output_tokens
+
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        draw = random.Random(self.seed)
+        """The same for the same workload; those of another batch or seed begin otherwise."""
+        draw = random.Random(f"{self.seed} {self.batch} {self.prompt_tokens}")
         return [[draw.randrange(vocab_size) for _ in range(self.prompt_tokens)] for _ in range(self.batch)]
 
 
@@ -47,9 +61,9 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 def figures(workload: Workload, traces: Sequence[Trace], shares: dict[str, float] | None = None) -> Figures:
-    """The row of one run. ValueError if a request came back without a token."""
+    """The row of one run. BenchError if a request came back without a token."""
     if not all(trace.token_s for trace in traces):
-        raise ValueError("a request came back without a token")
+        raise BenchError("a request came back without a token")
     begun_s = min(trace.sent_s for trace in traces)
     prefilled_s = max(trace.token_s[0] for trace in traces)
     ended_s = max(trace.token_s[-1] for trace in traces)
@@ -64,9 +78,9 @@ def figures(workload: Workload, traces: Sequence[Trace], shares: dict[str, float
         output_tokens_per_s=num_tokens / (ended_s - begun_s),
         decode_tokens_per_s=num_late / (ended_s - prefilled_s) if ended_s > prefilled_s else 0.0,
         prompt_tokens_per_s=workload.batch * workload.prompt_tokens / (prefilled_s - begun_s),
-        ttft_p50_s=statistics.median(ttfts),
+        ttft_p50_s=quantile(ttfts, 0.5),
         ttft_p99_s=quantile(ttfts, 0.99),
-        itl_p50_s=statistics.median(gaps) if gaps else 0.0,
+        itl_p50_s=quantile(gaps, 0.5) if gaps else 0.0,
         itl_p99_s=quantile(gaps, 0.99) if gaps else 0.0,
         shares=shares or {},
     )
@@ -75,4 +89,4 @@ def figures(workload: Workload, traces: Sequence[Trace], shares: dict[str, float
 def quantile(values: Sequence[float], q: float) -> float:
     """The smallest value that at least a share `q` of the values does not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]

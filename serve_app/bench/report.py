@@ -1,32 +1,38 @@
 """Run workloads one after another and show their figures as a table or as JSON."""
 
+import itertools
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from serve_app.bench.measure import Figures, Workload
+from serve_app.bench.measure import Advance, Figures, Workload
 
-Measure = Callable[[Workload], Figures]
+Measure = Callable[[Workload, Advance], Figures]
 REMOTE_VOCABULARY = 1_000  # token ids that any served model has; a server does not tell its vocabulary
+REDRAW_S = 0.1  # a bar drawn for each token would be measured too
 
 
 def run_all(
     model: str, url: str | None, workloads: Sequence[Workload], threads: int, *, as_json: bool, console: Console
 ) -> None:
     """Measure each workload, in this process or at `url`, and print the figures to stdout."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
-        measure = _remote(url) if url else _local(model, threads)
+        measure = _remote(url) if url else _local(model, threads, workloads)
+        progress.update(task, total=sum(workload.num_output_tokens for workload in workloads))
+        advance = _advance(progress, task)
         for workload in workloads:
             progress.update(task, description=f"batch {workload.batch}, {workload.prompt_tokens} prompt tokens")
-            rows.append(measure(workload))
+            rows.append(measure(workload, advance))
     title = url or f"{model}, in this process, {threads} threads"
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode({"of": title, "runs": rows})).decode() + "\n")
@@ -35,16 +41,34 @@ def run_all(
             Console().print(table)
 
 
+def _advance(progress: Progress, task: TaskID) -> Advance:
+    """Moves the bar by output tokens."""
+    num_done, drawn_s = 0, 0.0
+
+    def advance(num_tokens: int) -> None:
+        nonlocal num_done, drawn_s
+        num_done += num_tokens
+        if time.perf_counter() - drawn_s > REDRAW_S:
+            progress.update(task, completed=num_done)
+            drawn_s = time.perf_counter()
+
+    return advance
+
+
 def _remote(url: str) -> Measure:
+    """Each run has prompts of its own: the server may still hold the KV of any that it has seen before."""
     from serve_app.bench.remote import run_remote
 
-    return lambda workload: run_remote(url, workload, REMOTE_VOCABULARY)
+    seeds = itertools.count(secrets.randbits(62))
+    return lambda workload, advance: run_remote(
+        url, msgspec.structs.replace(workload, seed=next(seeds)), REMOTE_VOCABULARY, advance
+    )
 
 
-def _local(model: str, threads: int) -> Measure:
+def _local(model: str, threads: int, workloads: Sequence[Workload]) -> Measure:
     from serve_app.bench.local import LocalBench
 
-    return LocalBench(model, threads).run
+    return LocalBench(model, threads, workloads).run
 
 
 def _tables(title: str, rows: Sequence[Figures]) -> Iterator[Table]:

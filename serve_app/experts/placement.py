@@ -15,10 +15,6 @@ class Placement:
         """expert -> rank. Raises ValueError for a layer of another stage."""
         return self.primaries[self.layers.index(layer)]
 
-    def experts_of(self, rank: int, layer: int) -> tuple[int, ...]:
-        """The experts of `layer` whose primary is `rank`, ascending."""
-        return tuple(expert for expert, owner in enumerate(self.table(layer)) if owner == rank)
-
 
 def place(layers: range, num_experts: int, num_workers: int) -> Placement:
     """Spread the experts evenly: each worker's share differs by at most one, in every layer and over the stage.

@@ -1,7 +1,8 @@
 """The FastAPI application: `/generate` in two dialects, health, metrics, models."""
 
 import asyncio
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -23,7 +24,11 @@ from serve_app.ingress.sse import ClientGoneError, EventStream, sse_event, unles
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.telemetry.metrics import ServingMetrics
 
-_PARSE_IN_THREAD_BYTES = 1 << 15  # a body over this takes milliseconds to tokenize: other streams must not wait
+T = TypeVar("T")
+
+_PARSE_IN_THREAD_BYTES = (
+    1 << 15
+)  # a body over this takes milliseconds to read and tokenize: other streams must not wait
 _CLIENT_GONE = 499  # nobody reads it
 
 
@@ -58,11 +63,8 @@ def _generate_route(door: Door, runner: Runner) -> APIRouter:
         dialect: Dialect = sglang
         try:
             body = await read_body(request, door.limits.max_body_bytes)
-            dialect = _dialect(set_fields(body))
-            if len(body) > _PARSE_IN_THREAD_BYTES:
-                call = await asyncio.to_thread(dialect.parse, body, door)
-            else:
-                call = dialect.parse(body, door)
+            dialect = _dialect(await _read(body, set_fields))
+            call = await _read(body, dialect.parse, door)
             if call.stream:
                 return _stream(runner, dialect, call)
             outputs = await unless_gone(request.receive, runner.answer(call.jobs))
@@ -73,6 +75,13 @@ def _generate_route(door: Door, runner: Runner) -> APIRouter:
             return Response(status_code=_CLIENT_GONE)
 
     return router
+
+
+async def _read(body: bytes, read: Callable[..., T], *rest: Any) -> T:
+    """`read(body, *rest)`, beside the event loop where the body is large."""
+    if len(body) > _PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(read, body, *rest)
+    return read(body, *rest)
 
 
 def _dialect(fields: set[str]) -> Dialect:

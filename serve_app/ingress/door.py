@@ -34,6 +34,7 @@ class Limits:
     max_rid_chars: int = 256
     max_stops: int = 16
     max_stop_chars: int = 256
+    max_stop_token_ids: int = 64
     max_status_wait_s: float = 2.0  # how long health pages wait for the engine
 
 
@@ -116,6 +117,13 @@ class Door:
         longest = self.limits.max_stop_chars
         require(max(map(len, stops), default=0) <= longest, name, f"a stop string is over {longest} characters")
         return stops
+
+    def stop_token_ids(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
+        """Sorted, each once. Few: with a minimum of tokens they travel in every plan, which all streams wait for."""
+        most = self.limits.max_stop_token_ids
+        require(len(ids) <= most, name, f"{len(ids)} stop tokens; the limit is {most}")
+        self.check_ids(ids, name)
+        return tuple(sorted(set(ids)))
 
     def top_k(self, value: int) -> int:
         """The engine's form: 0 keeps all."""

@@ -225,8 +225,6 @@ def _sampling(door: Door, prompt: Prompt, fields: SglangSampling, path: str, *, 
     in_range(min_p, 0.0, 1.0, f"{path}min_p")
     top_k = -1 if fields.top_k is None else fields.top_k
     require(top_k >= -1, f"{path}top_k", f"must be -1 (all) or positive, not {short(top_k)}")
-    stop_ids = fields.stop_token_ids or []
-    door.check_ids(stop_ids, f"{path}stop_token_ids")
     return SamplingParams(
         max_new_tokens=max_new,
         min_new_tokens=min_new,
@@ -234,7 +232,7 @@ def _sampling(door: Door, prompt: Prompt, fields: SglangSampling, path: str, *, 
         top_k=door.top_k(top_k),
         top_p=top_p,
         min_p=min_p,
-        stop_token_ids=tuple(sorted(set(stop_ids))),
+        stop_token_ids=door.stop_token_ids(fields.stop_token_ids or (), f"{path}stop_token_ids"),
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
     )

@@ -13,7 +13,7 @@ from serve_app.model.attention import PagedKV, attend
 from serve_app.model.batch import Batch
 from serve_app.model.block import Block
 from serve_app.model.layers import Linear, Norm
-from serve_app.model.moe import ExpertHost, Experts, Weights, combine, route
+from serve_app.model.moe import Experts, Weights, combine, route
 from serve_app.model.rope import Rope
 from serve_app.model.spec import ModelSpec
 from serve_app.model.tiles import Heads, plan_attention
@@ -25,12 +25,6 @@ MAX_TIED = 64  # first places that are recomputed; a row where more are equal sa
 def kv_bytes_per_page(spec: ModelSpec, num_layers: int, page_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of K and V that one page takes in a stage of `num_layers` layers."""
     return 2 * num_layers * page_tokens * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-
-
-def load_experts(weights: Weights, host: ExpertHost, pairs: list[tuple[int, int]]) -> None:
-    """Put the experts (layer, expert) of `pairs` into `host`."""
-    for layer, expert in pairs:
-        host.load(weights, layer, expert)
 
 
 @dataclass

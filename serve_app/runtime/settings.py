@@ -1,13 +1,19 @@
 """From what a user set and what a model is, to what the pure parts need. No torch."""
 
+from pathlib import Path
+
 from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import CheckpointError, ConfigError
 from serve_app.experts.layout import Layout, stage_layers
 from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import silent
 from serve_app.model.files import check_folder
 from serve_app.model.spec import ModelSpec
+from serve_app.model.tokenizer import Tokenizer
+from serve_app.runtime.wire import MAX_PART_BYTES
+
+_ITEM_BYTES = 4  # the residual stream is fp32 between stages; rows for experts are at most that
 
 
 def engine_config(config: OctavoConfig, spec: ModelSpec, num_stages: int) -> EngineConfig:
@@ -31,16 +37,35 @@ def layout_of(config: OctavoConfig, spec: ModelSpec) -> tuple[Layout, list[range
     """The layout and the layers of each stage. ConfigError where the model cannot be cut so."""
     try:
         layout = Layout(config.layout.pp, config.layout.dp)
+        layout.check_model(spec.num_layers, spec.num_heads, spec.num_kv_heads)
         return layout, stage_layers(spec.num_layers, layout.num_stages)
     except ValueError as error:
         raise ConfigError(f"the layout does not fit the model: {error}") from None
 
 
 def check(config: OctavoConfig) -> ModelSpec:
-    """Does the model exist, is its checkpoint whole, does the layout divide it? OctavoError says what does not.
+    """Is the model there, its checkpoint and tokenizer whole, does the config fit it? OctavoError says what does not.
 
     Everything that can be known before a worker starts, in a fraction of a second.
     """
-    spec = check_folder(resolve(config.model, silent, fetch=False))
+    folder = resolve(config.model, silent, fetch=False)
+    spec = check_folder(folder)
     layout_of(config, spec)
+    _check_step(config, spec)
+    _check_tokenizer(folder)
     return spec
+
+
+def _check_step(config: OctavoConfig, spec: ModelSpec) -> None:
+    """A step's hidden states are one part of a message; so are rows for a worker's experts, `top_k` a token at most."""
+    num_rows = spec.top_k if config.layout.dp > 1 else 1
+    num_tokens, most = config.scheduler.max_step_tokens, MAX_PART_BYTES // (num_rows * spec.hidden_size * _ITEM_BYTES)
+    if num_tokens > most:
+        raise ConfigError(f"`scheduler.max_step_tokens` = {num_tokens} is too large: this model takes at most {most}")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    try:
+        Tokenizer.load(folder)
+    except (OSError, ValueError) as error:  # such as a template that is no UTF-8
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from None

@@ -29,6 +29,14 @@ def damaged(tiny, folder, how):
         weights.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     elif how == "pickle":
         weights.rename(folder / "pytorch_model.bin")
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif how == "broken tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif how == "broken template":
+        (folder / "chat_template.jinja").write_text("{% for")
+    elif how == "template in Latin 1":
+        (folder / "chat_template.jinja").write_bytes(b"\xe9")
     return str(folder)
 
 
@@ -43,6 +51,7 @@ def octavo_serve(folder, args):
         ({"layout": {"pp": 99}}, ["layout does not fit", "99"]),
         ({"model": "/nowhere"}, ["/nowhere"]),
         ({"layout": {"dp": "two"}}, ["`layout.dp`"]),
+        ({"scheduler": {"max_step_tokens": 10**8}}, ["`scheduler.max_step_tokens`", "at most 4194304"]),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_before_ray_starts(tiny, tmp_path, args, words):
@@ -53,11 +62,24 @@ def test_a_config_that_cannot_run_is_refused_before_ray_starts(tiny, tmp_path, a
     assert "Ray" not in printed
 
 
-@pytest.mark.parametrize("how", ["truncated", "misshapen", "header", "pickle"])
+DAMAGES = {
+    "truncated": "truncated",
+    "misshapen": "shape",
+    "header": "not a safetensors file",
+    "pickle": "pickle",
+    "no tokenizer": "has no tokenizer.json",
+    "broken tokenizer": "not a valid tokenizer",
+    "broken template": "chat template does not compile",
+    "template in Latin 1": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_before_ray_starts(tiny, tmp_path, how):
     status, printed = octavo_serve(tmp_path, {"model": damaged(tiny, tmp_path / "model", how)})
     assert status == 1
     assert printed.startswith("octavo: ")
+    assert DAMAGES[how] in printed
     assert "Traceback" not in printed
     assert "Ray" not in printed
 

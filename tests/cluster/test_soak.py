@@ -24,11 +24,11 @@ def server(demo_folder, tmp_path_factory):
 
 
 def resident_bytes(server):
-    return {p.cmdline()[0]: p.memory_info().rss for title in OURS for p in server.processes(title)}
+    return {process.pid: process.memory_info().rss for title in OURS for process in server.processes(title)}
 
 
 async def soak(server, seed, leave):
-    """(streams ended, streams left, resident bytes once warm). Any error of a stream is raised here."""
+    """(streams ended, streams left, resident bytes by process once warm). Any error of a stream is raised here."""
     draw = random.Random(seed)
     counts = {"ended": 0, "left": 0}
     stop_s = time.monotonic() + SOAK_S
@@ -65,4 +65,5 @@ def test_streams_for_two_minutes_leave_nothing_behind(server, leave):
     print(f"seed {seed}: {counts}, resident {sum(warm.values()) / 2**20:.0f} MiB warm, x {growth:.3f} at the end")
     assert counts["ended"] > NUM_STREAMS
     assert bool(counts["left"]) == leave
+    assert set(after) == set(warm), "a process was replaced"
     assert growth < 1.05

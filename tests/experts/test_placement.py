@@ -25,15 +25,6 @@ def test_each_expert_has_one_primary_and_the_load_is_even(layers, num_experts, n
     assert spread([rank for layer in layers for rank in placement.table(layer)], num_workers) <= 1
 
 
-@given(stages, st.integers(1, 80), st.integers(1, 12))
-def test_the_workers_shares_are_the_table_read_backwards(layers, num_experts, num_workers):
-    placement = place(layers, num_experts, num_workers)
-    for layer in layers:
-        shares = [placement.experts_of(rank, layer) for rank in range(num_workers)]
-        assert sorted(expert for share in shares for expert in share) == list(range(num_experts))
-        assert all(placement.table(layer)[expert] == rank for rank, share in enumerate(shares) for expert in share)
-
-
 def test_the_same_sizes_give_the_same_placement():
     assert place(range(4, 8), 16, 3) == place(range(4, 8), 16, 3)
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve_app.ingress import api
 from serve_app.ingress.door import Limits
 from tests.ingress.conftest import open_world
 
@@ -68,7 +70,7 @@ SGLANG_SAMPLING = {
     "top_k": [-2, 1.5, "x", -(10**30)],
     "min_p": [-0.1, 1.1],
     "stop": ["", [""], ["a"] * 17, "x" * 257, 5, [5]],
-    "stop_token_ids": [[410], [-1], ["a"], 5],
+    "stop_token_ids": [[410], [-1], ["a"], 5, [5] * 65],
     "ignore_eos": [1, "no"],
     "sampling_seed": [-1, 2**64, 0.5, "x"],
     "n": [0, -1, 1.5, 10**30],
@@ -238,6 +240,23 @@ async def test_a_body_over_the_limit_is_a_413_while_it_is_read(small_world):
     response = await small_world.client.post("/generate", content=endless())
     assert response.status_code == 413
     assert num_read <= 12
+
+
+@pytest.mark.parametrize("body", [b'{"text": 5, "rid": "%s"}', b'{"text": NaN, "rid": "%s"}', b'{"%s"'])
+async def test_a_large_body_is_read_beside_the_event_loop(world, body, monkeypatch):
+    readers = []
+
+    def read(body):
+        readers.append(threading.current_thread())
+        return set_fields(body)
+
+    set_fields = api.set_fields
+    monkeypatch.setattr(api, "set_fields", read)
+    for num_chars in (1, 1 << 16):
+        assert (await world.post(body % (b"a" * num_chars))).status_code == 400
+    small, large = readers
+    assert small is threading.main_thread()
+    assert large is not threading.main_thread()
 
 
 async def test_the_content_length_may_be_nonsense(world):

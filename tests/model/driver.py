@@ -8,7 +8,7 @@ import torch
 from serve_app.engine.plan import Plan, Sample, Slice
 from serve_app.model.batch import Batch
 from serve_app.model.moe import ExpertHost, LocalExperts
-from serve_app.model.stage import Stage, load_experts
+from serve_app.model.stage import Stage
 
 CPU = torch.device("cpu")
 GREEDY = Sample(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0, logprob=False)
@@ -40,7 +40,8 @@ class Driver:
             for begin, end in itertools.pairwise(bounds)
         ]
         host = ExpertHost(spec, dtype, CPU)
-        load_experts(weights, host, [(la, e) for la in range(spec.num_layers) for e in range(spec.num_experts)])
+        for layer, expert in itertools.product(range(spec.num_layers), range(spec.num_experts)):
+            host.load(weights, layer, expert)
         self.experts = LocalExperts(host)
         self.page_tokens = page_tokens
         self._free = list(range(num_pages))
