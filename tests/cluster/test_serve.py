@@ -75,7 +75,7 @@ def ask_all(server, **sampling):
 def ask_local(demo_folder, max_new_tokens, **config):
     """The same of one process."""
     tokenizer = Tokenizer.load(demo_folder)
-    settings = OctavoConfig.model_validate({"worker": {"kv_gib": 0.25}} | config)
+    settings = OctavoConfig.model_validate({"worker": {"kv_gib": 1.0}} | config)
     engine = LocalEngine.load(Checkpoint.open(demo_folder), settings)
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
     prompts = {question: tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS}
