@@ -5,7 +5,7 @@ import pytest
 from serve_app.config import OctavoConfig, parse_config
 from serve_app.errors import ConfigError, OctavoError
 from serve_app.runtime.settings import check, max_context_tokens
-from tests.model.families import make_tiny
+from tests.model.families import make_tiny, make_tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_several_bad_keys_are_all_named():
 
 def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path):
     make_tiny("mixtral", tmp_path)
+    make_tiny_tokenizer(tmp_path, 512)
     config = parse_config({"model": str(tmp_path), "layout": {"pp": 9}})
     with pytest.raises(ConfigError, match=r"the layout does not fit the model: .*9"):
         check(config)
@@ -49,6 +50,7 @@ def test_a_missing_model_is_refused(tmp_path):
 
 def test_the_context_is_the_smaller_of_what_is_wanted_and_what_the_model_can(tmp_path):
     make_tiny("mixtral", tmp_path)
+    make_tiny_tokenizer(tmp_path, 512)
     spec = check(parse_config({"model": str(tmp_path)}))
     for wanted, got in ((None, spec.max_positions), (10, 10), (10**9, spec.max_positions)):
         config = OctavoConfig.model_validate({"scheduler": {"max_context_tokens": wanted}})

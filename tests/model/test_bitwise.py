@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serve_app.model.cpu import cpu_has_bf16
-from serve_app.model.layers import Linear
+from serve_app.model.layers import Linear, padded_rows
 from serve_app.model.moe import ExpertHost
 from serve_app.model.random_weights import random_checkpoint
 from serve_app.model.spec import ModelSpec, RopeSpec
@@ -167,3 +167,11 @@ def test_a_linear_gives_a_row_the_same_bits_at_every_number_of_rows(num_inputs, 
             found = linear(x_TI[begin : begin + num_rows].contiguous())
             same = torch.equal(found, expected[begin : begin + num_rows])
             assert same, f"seed {seed}: {num_outputs} outputs, rows [{begin}, {begin + num_rows})"
+
+
+def test_products_come_in_few_sizes():
+    """Each costs a kernel of 1.3 MB, for as long as the process lives."""
+    for num_inputs in (512, 2048):
+        sizes = {padded_rows(num_rows, num_inputs) for num_rows in range(1, 4097)}
+        assert len(sizes) < 60
+        assert all(padded_rows(n, num_inputs) >= n for n in range(1, 4097))
