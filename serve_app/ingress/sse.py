@@ -17,7 +17,15 @@ class ClientGoneError(Exception):
     """The client closed its connection before it was answered."""
 
 
+# Line ends of Unicode that are none of SSE's. JSON need not escape them, but clients that cut decoded text into lines
+# (httpx's `aiter_lines` among them) would cut an event in two.
+_FOREIGN_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+
+
 def sse_event(data: bytes) -> bytes:
+    """One event of JSON in UTF-8."""
+    for raw, escaped in _FOREIGN_LINE_ENDS:
+        data = data.replace(raw, escaped)
     return b"data: " + data + b"\n\n"
 
 
