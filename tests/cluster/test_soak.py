@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_STREAMS = 64
 SOAK_S = 120.0
-WARM_S = 60.0  # allocators reach their working size in the first minute; what grows after that goes on growing
+WARM_S = 60.0  # kernels, allocators and caches are filled by then; what grows after that goes on growing
 OURS = ("ray::WorkerActor", "ray::ServeReplica", "ray::RouterActor")
 
 
