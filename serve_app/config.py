@@ -14,8 +14,9 @@ class _Section(BaseModel):
 
 
 class LayoutConfig(_Section):
-    """How the model is cut. The experts of a stage are spread over its `dp` workers (EP = DP)."""
+    """How the model is cut. The experts of a stage are spread over its `tp` x `dp` workers (EP = TP x DP)."""
 
+    tp: Count = Field(1, description="shards: attention heads and the vocabulary are cut into this many")
     pp: Count = Field(1, description="pipeline stages: consecutive layers are cut into this many")
     dp: Count = Field(1, description="replicas of the attention weights, each with its own KV cache")
 
@@ -26,6 +27,10 @@ class WorkerConfig(_Section):
     num_threads: Count = Field(1, description="threads that compute in one worker")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for one worker")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for one worker")
+    primary_slots: Count | None = Field(
+        None, description="experts that one worker holds as their first home; default: as many as come out evenly"
+    )
+    standby_slots: int = Field(0, ge=0, description="further experts on one worker: live copies of its peers'")
     kv_gib: float = Field(1.0, gt=0, description="GiB of KV cache on one worker")
     ready_timeout_s: float = Field(600, gt=0, description="seconds that workers may take to start and load")
 

@@ -12,6 +12,9 @@ from serve_app.engine.request import Emission
 MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 in fp32 are two thirds of it
 
 
+StageTable = list[list[list[int]]]  # [layer of the stage][expert] -> ranks in the expert group, the primary first
+
+
 class Member(msgspec.Struct, frozen=True, array_like=True):
     """A worker and its seat. `address` is where its inbox is bound."""
 
@@ -19,6 +22,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     address: str
     stage: int
     replica: int
+    shard: int
 
 
 # -- membership ---------------------------------------------------------------------------------------------------
@@ -35,11 +39,14 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
-    """A new epoch begins. `table[i][e]`: rank, in the stage's expert group, that hosts expert e of its i-th layer."""
+    """A new epoch begins. `table[i][e]`: the ranks, in the stage's expert group, that host expert e of its i-th layer.
+
+    The first of them is the primary, the others are live standbys.
+    """
 
     epoch: int
     members: list[Member]
-    table: list[list[int]]
+    table: StageTable
     router: str  # address of the router's inbox
 
 
@@ -65,9 +72,9 @@ class Form(msgspec.Struct, frozen=True, array_like=True, tag="form"):
     """The cell's word to its engine loop: these seats and tables (one per stage) make the next epoch."""
 
     epoch: int
-    seats: list[tuple[str, int, int]]  # name, stage, replica
+    seats: list[tuple[str, int, int, int]]  # name, stage, replica, shard
     router: str  # address
-    tables: list[list[list[int]]]
+    tables: list[StageTable]
 
 
 class Phase(msgspec.Struct, frozen=True, array_like=True, tag="phase"):
@@ -114,12 +121,13 @@ class ExpertReply(msgspec.Struct, frozen=True, array_like=True, tag="expert_repl
     shape: tuple[int, ...]
 
 
-class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, tag="expert_load"):
-    """Tokens that `name` ran through each (layer, expert) since its last report."""
+class Report(msgspec.Struct, frozen=True, array_like=True, tag="report"):
+    """What a worker tells the router once a second: its memory, and what it ran since its last report."""
 
     epoch: int
     name: str
-    counts: list[tuple[int, int, int]]  # layer, expert, tokens
+    resident_bytes: int
+    counts: list[tuple[int, int, int]]  # layer, expert, tokens run through it; only those with any
 
 
 # -- ingress and engine -------------------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ Message = (
     | Hidden
     | ExpertCall
     | ExpertReply
-    | ExpertLoad
+    | Report
     | Attach
     | From
     | Tokens

@@ -1,0 +1,43 @@
+"""What the router knows of its cell, as `GET /admin/placement` shows it and `octavo status` draws it."""
+
+import msgspec
+
+from serve_app.experts.placement import Pair
+
+
+class WorkerView(msgspec.Struct, frozen=True):
+    """One worker and what it holds."""
+
+    name: str  # "" where the seat is empty
+    replica: int
+    shard: int
+    node: str  # Ray's id of the node it is on
+    resident_bytes: int  # as last reported; 0 before
+    tokens: int  # run through its experts in the window
+    primary: list[Pair]
+    standby: list[Pair]
+
+
+class StageView(msgspec.Struct, frozen=True):
+    """One stage's expert group."""
+
+    stage: int
+    first_layer: int
+    end_layer: int  # exclusive
+    imbalance: float  # max over mean of the workers' tokens in the window; 1.0 where there were none
+    offered_imbalance: float  # what the placement offered for the next epoch would have made of it
+    workers: list[WorkerView]  # by rank in the expert group
+
+
+class CellView(msgspec.Struct, frozen=True):
+    """One cell."""
+
+    epoch: int  # 0 before the first
+    tp: int
+    pp: int
+    dp: int
+    num_experts: int  # per layer
+    primary_slots: int  # per worker
+    standby_slots: int
+    window_s: float  # what `tokens` and `imbalance` were counted over
+    stages: list[StageView]
