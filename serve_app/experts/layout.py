@@ -1,4 +1,4 @@
-"""Who sits where: stages (PP) x replicas (DP) x shards (TP), and which layers a stage holds."""
+"""Who sits where: stages (PP) x replicas (DP) x shards (TP), which layers a stage holds, and which heads a shard."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -45,12 +45,46 @@ class Layout:
         """The seat's rank [0, group_size) in the expert group of its stage."""
         return seat.replica * self.num_shards + seat.shard
 
-    def check_model(self, num_layers: int, num_heads: int, num_kv_heads: int) -> None:
+    def check_model(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError with one sentence if a model of these sizes cannot be laid out so."""
         stage_layers(num_layers, self.num_stages)
-        for name, num in (("attention heads", num_heads), ("key-value heads", num_kv_heads)):
-            if num % self.num_shards:
-                raise ValueError(f"num_shards={self.num_shards} must divide the model's {num} {name}.")
+        if self.num_shards > num_heads:
+            raise ValueError(f"num_shards={self.num_shards} must not exceed the model's {num_heads} attention heads.")
+
+
+def cut(num: int, num_parts: int, part: int) -> range:
+    """The part [0, num_parts) of `num` things in a row: consecutive, sizes differing by at most one."""
+    return range(num * part // num_parts, num * (part + 1) // num_parts)
+
+
+@dataclass(frozen=True)
+class HeadCut:
+    """The attention heads of one shard: for each of its KV heads the same number of query heads.
+
+    Query heads are cut evenly over the shards; a shard has each KV head that one of its query heads reads, so that
+    KV heads are replicated where shards outnumber them. Where the cut goes through a KV head's group, the shard's
+    smaller groups are padded: None is a query head of zeros, which adds nothing to the output.
+    """
+
+    queries: tuple[int | None, ...]  # group after group, in the order of `kv_heads`
+    kv_heads: range
+    counted_kv: range  # those that this shard is the first to have: what is summed over KV heads counts each once
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.queries)
+
+
+def cut_heads(num_heads: int, num_kv_heads: int, num_shards: int, shard: int) -> HeadCut:
+    """The heads of a shard. `num_shards` is at most `num_heads`, which is a multiple of `num_kv_heads`."""
+    group_size = num_heads // num_kv_heads
+    own = cut(num_heads, num_shards, shard)
+    kv_heads = range(own.start // group_size, (own.stop - 1) // group_size + 1)
+    groups = [range(max(own.start, j * group_size), min(own.stop, (j + 1) * group_size)) for j in kv_heads]
+    width = max(map(len, groups))
+    queries = tuple(head for group in groups for head in (*group, *[None] * (width - len(group))))
+    first = kv_heads.start + (own.start % group_size != 0)
+    return HeadCut(queries, kv_heads, range(first, kv_heads.stop))
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:

@@ -34,6 +34,7 @@ class PagedKV:
         if KV_BLOCK_TOKENS % page_tokens:
             raise ValueError(f"page_tokens must divide {KV_BLOCK_TOKENS}, not be {page_tokens}")
         self.heads = heads
+        self.num_pages = num_pages
         shape = (2, num_layers, num_pages * heads.num_kv_heads, page_tokens * heads.head_dim)
         self._k, self._v = torch.zeros(shape, dtype=dtype, device=device)
         # gathered blocks, kept from call to call: fresh memory faults in slowly

@@ -23,6 +23,7 @@ class Batch:
     token_ids_T: Tensor
     positions_T: Tensor
     sample_rows_R: Tensor  # the last row of each slice that has `sample`, in plan order
+    sample_rows: Ints  # R
     positions: Ints  # T
     slots: Ints  # T: page * page_tokens + offset in the page, where the token's K and V go
     starts: Ints  # S: position of the slice's first token
@@ -46,6 +47,7 @@ class Batch:
             token_ids_T=torch.from_numpy(token_ids).to(device),
             positions_T=torch.from_numpy(positions).to(device),
             sample_rows_R=torch.from_numpy(ends[sampled] - 1).to(device),
+            sample_rows=ends[sampled] - 1,
             positions=positions,
             slots=slots,
             starts=starts,

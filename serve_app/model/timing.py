@@ -3,7 +3,7 @@
 import time
 from typing import Literal, get_args
 
-Part = Literal["attention", "experts", "head", "other"]
+Part = Literal["attention", "experts", "head", "shards", "other"]
 
 
 class StepTimer:

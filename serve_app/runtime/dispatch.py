@@ -3,6 +3,10 @@
 There is no collective: a worker that waits for its own rows serves the calls of its peers meanwhile, so replicas of
 different pace, or an idle one, never hold each other up.
 
+An expert with live standbys is run by all of its hosts: its rows are cut into as many consecutive parts, of
+MIN_SPLIT_ROWS at least, and dealt to the hosts beginning with the caller itself where it is one, else with the one
+that the caller's rank falls on.
+
 Shapes: T tokens, D hidden size, K experts per token, N = T * K rows.
 """
 
@@ -12,11 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from serve_app.experts.layout import cut
 from serve_app.model.moe import ExpertHost, group_by_expert
 from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.wire import ExpertCall, ExpertReply
 
+MIN_SPLIT_ROWS = 16  # up to that many an expert's weights take the time, and reading them twice gains nothing
 WAIT_LIMIT_S = 60.0  # for a peer's rows; its death ends the epoch, and with it the wait, much sooner
 
 
@@ -31,10 +37,10 @@ class MeshExperts:
         epoch: int,
         name: str,
         group: list[str],
-        tables: dict[int, list[int]],
+        tables: dict[int, list[list[int]]],
         pump: Callable[[float], None],
     ) -> None:
-        """`group`: names by rank. `tables`: layer -> rank by expert. `pump(timeout_s)` handles one incoming message."""
+        """`group`: names by rank. `tables`: layer -> expert -> ranks. `pump(timeout_s)` handles an incoming message."""
         self._mesh, self._host, self._pump = mesh, host, pump
         self._epoch, self._name, self._group, self._tables = epoch, name, group, tables
         self._own_rank = group.index(name)
@@ -87,10 +93,11 @@ class MeshExperts:
         spans: dict[int, _Span] = {}
         start = 0
         for expert, count in zip(experts, counts, strict=True):
-            span = spans.setdefault(table[expert], _Span())
-            span.experts.append(expert)
-            span.counts.append(count)
-            span.pieces.append(range(start, start + count))
+            for rank, part in deal(table[expert], self._own_rank, count):
+                span = spans.setdefault(rank, _Span())
+                span.experts.append(expert)
+                span.counts.append(len(part))
+                span.pieces.append(range(start + part.start, start + part.stop))
             start += count
         return spans
 
@@ -114,6 +121,13 @@ class MeshExperts:
             self._pump(1.0)
         del self._awaited[call]
         return rows
+
+
+def deal(hosts: list[int], caller: int, num_rows: int) -> list[tuple[int, range]]:
+    """Which host runs which of an expert's rows, by the rule above. All ranks are those in the expert group."""
+    num_parts = max(1, min(len(hosts), num_rows // MIN_SPLIT_ROWS))
+    first = hosts.index(caller) if caller in hosts else caller % len(hosts)
+    return [(hosts[(first + part) % len(hosts)], cut(num_rows, num_parts, part)) for part in range(num_parts)]
 
 
 class _Span:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from serve_app.engine.core import EngineCore
 from serve_app.engine.plan import Begin, Cancel, Command, Emit, Run, StepDone, Submit
 from serve_app.engine.request import Emission
+from serve_app.experts.layout import Seat
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.wire import (
     Attach,
@@ -48,7 +49,7 @@ class EngineLoop:
         self._awaited: set[str] = set()  # its workers that were called and have not joined
         self.epoch = 0  # the newest that began; the cell's keeper reads it from its own thread
         self._sent_s: dict[tuple[int, int], float] = {}  # (replica, step) in flight -> when it was sent
-        self._seats: dict[tuple[int, int], str] = {}
+        self._seats: dict[Seat, str] = {}
         self._owners: dict[str, str] = {}  # rid -> ingress replica
         self._heard_s: dict[str, float] = {}  # ingress replica -> when it was last heard
         self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
@@ -117,7 +118,7 @@ class EngineLoop:
             match command:
                 case Run(plan):
                     self._sent_s[plan.replica, plan.step] = time.monotonic()
-                    for name in self._stages_of(plan.replica):
+                    for name in self._workers_of(plan.replica):
                         self._mesh.send(name, plan)
                 case Emit(emission):
                     owner = self._owners.get(emission.rid)
@@ -126,8 +127,8 @@ class EngineLoop:
                     if owner:
                         self._outbox[owner].append(emission)
 
-    def _stages_of(self, replica: int) -> list[str]:
-        return [name for (_, seat_replica), name in self._seats.items() if seat_replica == replica]
+    def _workers_of(self, replica: int) -> list[str]:
+        return [name for seat, name in self._seats.items() if seat.replica == replica]
 
     # -- ingress replicas -----------------------------------------------------------------------------------------
 
@@ -173,11 +174,11 @@ class EngineLoop:
         form = self._form
         if form is None or form.epoch == self.epoch or self._awaited:
             return
-        missing = [name for name, _, _ in form.seats if name not in self._hellos]
+        missing = [name for name, *_ in form.seats if name not in self._hellos]
         if missing:
             self._not_ready(f"{len(form.seats) - len(missing)} of {len(form.seats)} workers have loaded")
             return
-        members = [Member(name, self._hellos[name].address, stage, replica) for name, stage, replica in form.seats]
+        members = [Member(name, self._hellos[name].address, *seat) for name, *seat in form.seats]
         self._awaited = {member.name for member in members}
         for member in members:
             self._mesh.connect(member.name, member.address)
@@ -188,9 +189,9 @@ class EngineLoop:
         self._awaited.discard(name)
         if form is None or self._awaited or form.epoch == self.epoch:
             return
-        self._seats = {(stage, replica): worker for worker, stage, replica in form.seats}
+        self._seats = {Seat(*seat): worker for worker, *seat in form.seats}
         num_pages = min(self._hellos[worker].num_pages for worker in self._seats.values())
-        num_replicas = 1 + max(replica for _, replica in self._seats)
+        num_replicas = 1 + max(seat.replica for seat in self._seats)
         self.epoch = form.epoch
         self._sent_s.clear()
         self._ready, self.reason = True, "ready"
@@ -202,8 +203,8 @@ class EngineLoop:
         """A worker is gone: its epoch is over, and the survivors wait for the keeper's next form."""
         self._hellos.pop(name, None)
         self._mesh.disconnect(name)
-        if self._form and any(name == member for member, _, _ in self._form.seats):
-            for survivor in [member for member, _, _ in self._form.seats if member in self._hellos]:
+        if self._form and any(name == member for member, *_ in self._form.seats):
+            for survivor in [member for member, *_ in self._form.seats if member in self._hellos]:
                 self._mesh.send(survivor, Leave(self._form.epoch))
             self._form = None
             self._awaited.clear()

@@ -8,14 +8,14 @@ import torch
 
 from serve_app.config import OctavoConfig
 from serve_app.errors import ConfigError
+from serve_app.experts.layout import cut_heads
+from serve_app.experts.placement import Pair
 from serve_app.model.cpu import pick_dtype
 from serve_app.model.moe import ExpertHost, Weights
 from serve_app.model.spec import ModelSpec
 from serve_app.model.stage import Stage, kv_bytes_per_page
 from serve_app.model.timing import StepTimer
 from serve_app.runtime.settings import max_context_tokens
-
-Pair = tuple[int, int]  # (layer, expert)
 
 
 @dataclass
@@ -25,7 +25,6 @@ class Loaded:
     weights: Weights
     stage: Stage
     host: ExpertHost
-    num_pages: int
     hosted: set[Pair]
     load_s: float = 0.0
 
@@ -40,25 +39,50 @@ class Loaded:
 
 
 def load(
-    weights: Weights, config: OctavoConfig, layers: range, pairs: list[Pair], timer: StepTimer | None = None
+    weights: Weights,
+    config: OctavoConfig,
+    layers: range,
+    shard: int,
+    pairs: list[Pair],
+    timer: StepTimer | None = None,
 ) -> Loaded:
-    """Read the weights of `layers` and the experts `pairs`, and lay out the KV pages. OctavoError if it cannot."""
+    """Read one shard's part of `layers` and the experts `pairs`, and lay out the KV pages. OctavoError if it cannot."""
     begun_s = time.monotonic()
     torch.set_num_threads(config.worker.num_threads)
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("`device` = 'cuda', but torch finds no CUDA device here")
-    dtype = pick_dtype(device, config.dtype)
-    page_tokens = config.scheduler.page_tokens
-    num_pages = pages_that_fit(weights.spec, layers, page_tokens, dtype, config.worker.kv_gib)
-    _check_room(config, weights.spec, num_pages * page_tokens)
-    stage = Stage.load(
-        weights, layers, num_pages=num_pages, page_tokens=page_tokens, dtype=dtype, device=device, timer=timer
-    )
-    loaded = Loaded(weights, stage, ExpertHost(weights.spec, dtype, device), num_pages, set())
+    dtype, device = pick_dtype(_device(config), config.dtype), _device(config)
+    host = ExpertHost(weights.spec, dtype, device)
+    loaded = Loaded(weights, load_stage(weights, config, layers, shard, timer), host, set())
     loaded.host_experts(pairs)
     loaded.load_s = time.monotonic() - begun_s
     return loaded
+
+
+def load_stage(
+    weights: Weights, config: OctavoConfig, layers: range, shard: int, timer: StepTimer | None = None
+) -> Stage:
+    """One shard's part of `layers` but for the experts, with its KV pages. OctavoError if it cannot be."""
+    device = _device(config)
+    dtype = pick_dtype(device, config.dtype)
+    page_tokens, num_shards = config.scheduler.page_tokens, config.layout.tp
+    num_pages = pages_that_fit(weights.spec, layers, num_shards, shard, page_tokens, dtype, config.worker.kv_gib)
+    _check_room(config, weights.spec, num_pages * page_tokens)
+    return Stage.load(
+        weights,
+        layers,
+        num_pages=num_pages,
+        page_tokens=page_tokens,
+        dtype=dtype,
+        device=device,
+        num_shards=num_shards,
+        shard=shard,
+        timer=timer,
+    )
+
+
+def _device(config: OctavoConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("`device` = 'cuda', but torch finds no CUDA device here")
+    return torch.device(config.device)
 
 
 def _check_room(config: OctavoConfig, spec: ModelSpec, num_tokens: int) -> None:
@@ -70,16 +94,29 @@ def _check_room(config: OctavoConfig, spec: ModelSpec, num_tokens: int) -> None:
         )
 
 
-def load_whole(weights: Weights, config: OctavoConfig, timer: StepTimer | None = None) -> Loaded:
-    """The whole model in one stage, all its experts beside it."""
-    spec = weights.spec
-    pairs = [(layer, expert) for layer in range(spec.num_layers) for expert in range(spec.num_experts)]
-    return load(weights, config, range(spec.num_layers), pairs, timer)
+def load_experts(weights: Weights, config: OctavoConfig) -> ExpertHost:
+    """All experts of the model. OctavoError if it cannot."""
+    spec, device = weights.spec, _device(config)
+    host = ExpertHost(spec, pick_dtype(device, config.dtype), device)
+    for layer in range(spec.num_layers):
+        for expert in range(spec.num_experts):
+            host.load(weights, layer, expert)
+    return host
 
 
-def pages_that_fit(spec: ModelSpec, layers: range, page_tokens: int, dtype: torch.dtype, kv_gib: float) -> int:
-    """KV pages of one stage that fit in `kv_gib` GiB; at least one."""
-    return max(1, int(kv_gib * 2**30) // kv_bytes_per_page(spec, len(layers), page_tokens, dtype))
+def pages_that_fit(
+    spec: ModelSpec,
+    layers: range,
+    num_shards: int,
+    shard: int,
+    page_tokens: int,
+    dtype: torch.dtype,
+    kv_gib: float,
+) -> int:
+    """KV pages of one shard of a stage that fit in `kv_gib` GiB; at least one."""
+    num_kv_heads = len(cut_heads(spec.num_heads, spec.num_kv_heads, num_shards, shard).kv_heads)
+    page_bytes = kv_bytes_per_page(spec, len(layers), num_kv_heads, page_tokens, dtype)
+    return max(1, int(kv_gib * 2**30) // page_bytes)
 
 
 def resident_bytes() -> int:

@@ -3,6 +3,9 @@
 import time
 from collections.abc import Iterable, Iterator
 
+import torch
+from torch import Tensor
+
 from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineConfig, EngineCore, EngineStats
 from serve_app.engine.plan import Begin, Cancel, Emit, Event, Plan, Run, StepDone, Submit
@@ -12,27 +15,38 @@ from serve_app.model.moe import Experts, LocalExperts, Weights
 from serve_app.model.sampling import sample
 from serve_app.model.stage import Stage
 from serve_app.model.timing import StepTimer
-from serve_app.runtime.load import load_whole
+from serve_app.runtime.load import load_experts, load_stage
 from serve_app.runtime.settings import engine_config
+from serve_app.runtime.threads import ThreadGroup
 
 
 class LocalEngine:
-    """One stage that is the whole model, and an engine core that plans for it. Use it from one thread."""
+    """The whole model in one stage of `layout.tp` shards, and a core that plans for it. Use it from one thread."""
 
-    def __init__(self, config: EngineConfig, stage: Stage, experts: Experts, num_pages: int) -> None:
+    def __init__(self, config: EngineConfig, stages: list[Stage], experts: Experts) -> None:
         self._core = EngineCore(config)
-        self._stage = stage
+        self._stages = stages  # by shard; each is a thread where there are several
+        self._group = ThreadGroup(len(stages)) if len(stages) > 1 else None
         self._experts = experts
         self._plans: list[Plan] = []
         self._emissions: list[Emission] = []
+        num_pages = min(stage.kv.num_pages for stage in stages)
         self._on(Begin(epoch=1, num_replicas=1, num_pages=num_pages))
 
     @classmethod
     def load(cls, weights: Weights, config: OctavoConfig, timer: StepTimer | None = None) -> "LocalEngine":
-        """Read a model. The layout of `config` is not used: one stage, one replica. OctavoError if it cannot."""
-        loaded = load_whole(weights, config, timer)
-        settings = engine_config(config, weights.spec, num_stages=1)
-        return cls(settings, loaded.stage, LocalExperts(loaded.host), loaded.num_pages)
+        """Read a model. Of the layout only `tp` is used: it alone decides the order of sums. OctavoError if it cannot.
+
+        `timer`: of the first shard.
+        """
+        torch.set_num_threads(config.worker.num_threads)
+        layers = range(weights.spec.num_layers)
+        stages = [
+            load_stage(weights, config, layers, shard, timer if shard == 0 else None)
+            for shard in range(config.layout.tp)
+        ]
+        experts = LocalExperts(load_experts(weights, config))
+        return cls(engine_config(config, weights.spec, num_stages=1), stages, experts)
 
     def submit(self, request: Request) -> None:
         self._on(Submit(request))
@@ -66,10 +80,16 @@ class LocalEngine:
         self._core.check_integrity()
 
     def _execute(self, plan: Plan) -> StepDone:
-        batch = Batch.from_plan(plan, self._stage.page_tokens, self._stage.device)
-        logits = self._stage.forward(batch, None, self._experts)
-        tokens, logprobs = sample(logits, [part.sample for part in plan.slices if part.sample])
+        first = self._stages[0]
+        batch = Batch.from_plan(plan, first.page_tokens, first.device)
+        tokens, logprobs = sample(self._logits(batch), [part.sample for part in plan.slices if part.sample])
         return StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if self._group is None:
+            return self._stages[0].forward(batch, None, self._experts)
+        shards = self._group.shards
+        return self._group.run(lambda i: self._stages[i].forward(batch, None, self._experts, shards[i]))[0]
 
     def _on(self, event: Event) -> None:
         for command in self._core.on(event, time.monotonic()):

@@ -91,10 +91,23 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
 
 
 class Hidden(msgspec.Struct, frozen=True, array_like=True, tag="hidden"):
-    """Hidden states of a step, from one stage to the next. One tensor frame [tokens, hidden_size]."""
+    """Hidden states of a step's tokens at home on one shard, to the same shard of the next stage.
+
+    One tensor frame [tokens, hidden_size].
+    """
 
     epoch: int
     step: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ShardPart(msgspec.Struct, frozen=True, array_like=True, tag="shard_part"):
+    """What one shard gives another in an exchange (`model.shards`). One tensor frame."""
+
+    epoch: int
+    round: int  # exchanges of the epoch, counted alike by all shards of a replica and stage
+    shard: int  # the sender's
     dtype: str
     shape: tuple[int, ...]
 
@@ -174,6 +187,7 @@ Message = (
     | Plan
     | StepDone
     | Hidden
+    | ShardPart
     | ExpertCall
     | ExpertReply
     | Report

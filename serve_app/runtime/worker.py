@@ -1,4 +1,4 @@
-"""The worker: one process that owns one accelerator, one stage's layers of one replica, and its share of experts.
+"""The worker: one process that owns one accelerator, one shard of a stage's layers of one replica, and its experts.
 
 It speaks only to the mesh. Everything it does is an answer to a message, and every message of another epoch is
 dropped: what the engine ends by beginning a new epoch, a worker cannot finish afterwards.
@@ -11,16 +11,17 @@ from collections import deque
 from torch import Tensor
 
 from serve_app.engine.plan import Plan, StepDone
+from serve_app.experts.placement import Pair
 from serve_app.model.batch import Batch
 from serve_app.model.sampling import sample
 from serve_app.runtime.dispatch import MeshExperts
 from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
 from serve_app.runtime.load import Loaded, resident_bytes
 from serve_app.runtime.mesh import Mesh
+from serve_app.runtime.mesh_shards import MeshShards
 from serve_app.runtime.names import ENGINE, ROUTER
 from serve_app.runtime.wire import (
     ExpertCall,
-    ExpertLoad,
     ExpertReply,
     Hello,
     Hidden,
@@ -28,6 +29,8 @@ from serve_app.runtime.wire import (
     Joined,
     Leave,
     Member,
+    Report,
+    ShardPart,
     Stop,
 )
 
@@ -50,8 +53,9 @@ class Worker:
         self._loaded = loaded
         self._stage = loaded.stage
         self._epoch = 0
-        self._experts: MeshExperts | None = None
-        self._next: str | None = None  # the worker of the next stage; None on the last
+        self._experts: MeshExperts | None = None  # this and the next: of the epoch; None between epochs
+        self._shards: MeshShards | None = None
+        self._next: str | None = None  # the worker of the same shard in the next stage; None on the last
         self._plans: deque[Plan] = deque()
         self._hidden: dict[int, Tensor] = {}
         self._stopped = False
@@ -64,7 +68,7 @@ class Worker:
             Hello(
                 self.name,
                 self._mesh.address,
-                self._loaded.num_pages,
+                self._stage.kv.num_pages,
                 self._loaded.load_s,
                 resident_bytes(),
             ),
@@ -94,12 +98,14 @@ class Worker:
         return None
 
     def _execute(self, plan: Plan) -> None:
-        assert self._experts is not None
         batch = Batch.from_plan(plan, self._stage.page_tokens, self._stage.device)
-        output = self._stage.forward(batch, self._hidden.pop(plan.step, None), self._experts)
+        assert self._experts is not None
+        output = self._stage.forward(batch, self._hidden.pop(plan.step, None), self._experts, self._shards)
         if self._next is not None:
             header = Hidden(plan.epoch, plan.step, *tensor_header(output))
             self._mesh.send(self._next, header, tensor_frame(output))
+            return
+        if self._stage.shard != 0:  # the logits are on shard 0
             return
         tokens, logprobs = sample(output, [part.sample for part in plan.slices if part.sample])
         self._mesh.send(ENGINE, StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs))
@@ -118,22 +124,25 @@ class Worker:
                 raise _EpochEndedError
             case Leave(epoch):
                 self._leave(epoch)
-            case Plan() | Hidden() | ExpertCall() | ExpertReply() if self._is_stale(message.epoch):
+            case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply() if self._is_stale(message.epoch):
                 log.debug("%s dropped a %s of epoch %d", self.name, type(message).__name__, message.epoch)
-            case Plan() | Hidden() | ExpertCall() | ExpertReply():
+            case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply():
                 self._take(message, frame)
             case _:
                 log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
 
-    def _take(self, message: Plan | Hidden | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
+    def _take(self, message: Plan | Hidden | ShardPart | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
         """A part of a step of this epoch. What does not fit is dropped: it cannot have come from a member."""
         assert self._experts is not None
+        assert self._shards is not None
         try:
             match message:
                 case Plan():
                     self._plans.append(message)
                 case Hidden():
                     self._hidden[message.step] = read_tensor(message, frame, self._stage.device)
+                case ShardPart():
+                    self._shards.accept(message, frame)
                 case ExpertCall():
                     self._experts.serve(message, frame)
                 case ExpertReply():
@@ -151,7 +160,7 @@ class Worker:
             raise _EpochEndedError
 
     def _forget(self) -> None:
-        self._experts = None
+        self._experts = self._shards = None
         self._plans.clear()
         self._hidden.clear()
 
@@ -170,14 +179,7 @@ class Worker:
                 self._mesh.connect(member.name, member.address)
         group = _group(message.members, own.stage)
         tables = dict(zip(self._stage.layers, message.table, strict=True))
-        self._loaded.host_experts(
-            [
-                (layer, expert)
-                for layer, table in tables.items()
-                for expert, rank in enumerate(table)
-                if group[rank] == self.name
-            ]
-        )
+        self._loaded.host_experts(_hosted(tables, group.index(self.name)))
         self._next = _successor(message.members, own)
         self._epoch = message.epoch
         self._forget()
@@ -190,6 +192,14 @@ class Worker:
             tables=tables,
             pump=self._pump,
         )
+        self._shards = MeshShards(
+            self._mesh,
+            epoch=message.epoch,
+            peers=_peers(message.members, own),
+            index=own.shard,
+            device=self._stage.device,
+            pump=self._pump,
+        )
         self._mesh.send(ENGINE, Joined(message.epoch, self.name))
         raise _EpochEndedError
 
@@ -197,18 +207,27 @@ class Worker:
         now = time.monotonic()
         if self._experts and now - self._reported_s >= REPORT_S:
             self._reported_s = now
-            if counts := self._experts.take_loads():
-                self._mesh.send(ROUTER, ExpertLoad(self._epoch, self.name, counts))
+            self._mesh.send(ROUTER, Report(self._epoch, self.name, resident_bytes(), self._experts.take_loads()))
 
 
 def _group(members: list[Member], stage: int) -> list[str]:
-    """Names of a stage's workers in rank order: by replica."""
-    return [member.name for member in sorted(members, key=lambda m: m.replica) if member.stage == stage]
+    """Names of a stage's workers in rank order: by replica, then shard."""
+    return [m.name for m in sorted(members, key=lambda m: (m.replica, m.shard)) if m.stage == stage]
+
+
+def _peers(members: list[Member], own: Member) -> list[str]:
+    """Names of the shards of this worker's replica and stage, in their order."""
+    seated = [m for m in members if (m.stage, m.replica) == (own.stage, own.replica)]
+    return [m.name for m in sorted(seated, key=lambda m: m.shard)]
 
 
 def _successor(members: list[Member], own: Member) -> str | None:
-    """Who takes this worker's hidden states: the same replica's seat in the next stage."""
-    for member in members:
-        if (member.stage, member.replica) == (own.stage + 1, own.replica):
-            return member.name
+    """Who takes this worker's hidden states: the same replica and shard in the next stage."""
+    for m in members:
+        if (m.stage, m.replica, m.shard) == (own.stage + 1, own.replica, own.shard):
+            return m.name
     return None
+
+
+def _hosted(tables: dict[int, list[list[int]]], rank: int) -> list[Pair]:
+    return [(layer, expert) for layer, hosts in tables.items() for expert, ranks in enumerate(hosts) if rank in ranks]

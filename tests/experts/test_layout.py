@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.experts.layout import Layout, Seat, stage_layers
+from serve_app.experts.layout import HeadCut, Layout, Seat, cut, cut_heads, stage_layers
 
 sizes = st.integers(1, 9)
 
@@ -59,14 +59,46 @@ def test_a_size_below_one_is_refused_by_name(name):
     ("layout", "message"),
     [
         (Layout(5, 1), "num_stages=5 must not exceed the model's 4 layers"),
-        (Layout(1, 1, 3), "num_shards=3 must divide the model's 8 attention heads"),
-        (Layout(1, 1, 4), "num_shards=4 must divide the model's 2 key-value heads"),
+        (Layout(1, 1, 9), "num_shards=9 must not exceed the model's 8 attention heads"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused_in_one_sentence(layout, message):
     with pytest.raises(ValueError, match=message):
-        layout.check_model(num_layers=4, num_heads=8, num_kv_heads=2)
+        layout.check_model(num_layers=4, num_heads=8)
 
 
 def test_a_model_that_divides_is_welcome():
-    Layout(4, 2, 2).check_model(num_layers=4, num_heads=8, num_kv_heads=2)
+    Layout(4, 2, 2).check_model(num_layers=4, num_heads=8)
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_a_cut_covers_everything_once_in_order_and_evenly(num, num_parts):
+    parts = [cut(num, num_parts, part) for part in range(num_parts)]
+    assert [thing for part in parts for thing in part] == list(range(num))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_every_query_head_sits_once_beside_the_kv_head_that_it_reads(num_kv_heads, group_size, data):
+    num_heads = num_kv_heads * group_size
+    num_shards = data.draw(st.integers(1, num_heads))
+    cuts = [cut_heads(num_heads, num_kv_heads, num_shards, shard) for shard in range(num_shards)]
+    assert sorted(head for one in cuts for head in one.queries if head is not None) == list(range(num_heads))
+    assert sorted(head for one in cuts for head in one.counted_kv) == list(range(num_kv_heads))
+    for one in cuts:
+        assert set(one.counted_kv) <= set(one.kv_heads)
+        width = one.num_heads // len(one.kv_heads)
+        assert width * len(one.kv_heads) == one.num_heads
+        for place, head in enumerate(one.queries):
+            assert head is None or head // group_size == one.kv_heads[place // width]
+
+
+def test_heads_that_divide_are_not_padded_and_kv_heads_are_replicated_where_shards_outnumber_them():
+    assert cut_heads(8, 4, 2, 1) == HeadCut((4, 5, 6, 7), range(2, 4), range(2, 4))
+    assert cut_heads(8, 2, 4, 2) == HeadCut((4, 5), range(1, 2), range(1, 2))
+    assert cut_heads(8, 2, 4, 3) == HeadCut((6, 7), range(1, 2), range(2, 2))
+
+
+def test_nine_heads_over_two_shards_are_padded():
+    assert cut_heads(9, 3, 2, 0) == HeadCut((0, 1, 2, 3, None, None), range(2), range(2))
+    assert cut_heads(9, 3, 2, 1) == HeadCut((4, 5, None, 6, 7, 8), range(1, 3), range(2, 3))

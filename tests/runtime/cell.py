@@ -12,7 +12,7 @@ from serve_app.runtime.load import load
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.router import Registry
-from serve_app.runtime.settings import engine_config
+from serve_app.runtime.settings import engine_config, slots_of
 from serve_app.runtime.wire import Attach, Form, From, Lost, Status, Stop, Tokens
 from serve_app.runtime.worker import Worker
 
@@ -25,9 +25,9 @@ class ThreadedCell:
     def __init__(self, weights, config, registry=None):
         self.config, self.weights = config, weights
         spec = weights.spec
-        self.layout = Layout(config.layout.pp, config.layout.dp)
+        self.layout = Layout(config.layout.pp, config.layout.dp, config.layout.tp)
         self.stages = stage_layers(spec.num_layers, config.layout.pp)
-        self.registry = registry or Registry(self.layout, self.stages, spec.num_experts)
+        self.registry = registry or Registry(self.layout, self.stages, spec.num_experts, slots_of(config, spec))
         self.core = EngineCore(engine_config(config, spec, config.layout.pp))
         self.epoch = 0
         self.names = {}
@@ -57,9 +57,9 @@ class ThreadedCell:
         self._stack.close()
 
     def spawn(self, seat):
-        name = f"w{seat.stage}.{seat.replica}-{uuid.uuid4().hex[:4]}"
+        name = f"w{seat.stage}.{seat.replica}.{seat.shard}-{uuid.uuid4().hex[:4]}"
         pairs = self.registry.pairs()[seat]
-        loaded = load(self.weights, self.config, self.stages[seat.stage], pairs)
+        loaded = load(self.weights, self.config, self.stages[seat.stage], seat.shard, pairs)
         mesh = self._stack.enter_context(Mesh())
         mesh.connect(ENGINE, self.engine_mesh.address)
         self.mesh.connect(name, mesh.address)
@@ -74,7 +74,7 @@ class ThreadedCell:
 
     def form(self):
         self.epoch += 1
-        seats = [(name, seat.stage, seat.replica) for seat, name in self.names.items()]
+        seats = [(name, *seat) for seat, name in self.names.items()]
         self.mesh.send(ENGINE, Form(self.epoch, seats, self.router_mesh.address, self.registry.tables()))
 
     def submit(self, request):

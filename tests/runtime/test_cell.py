@@ -3,11 +3,14 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve_app.config import OctavoConfig
 from serve_app.engine.request import Request, SamplingParams
 from serve_app.experts.layout import Layout, Seat, stage_layers
 from serve_app.model.checkpoint import Checkpoint
+from serve_app.runtime.dispatch import MIN_SPLIT_ROWS, deal
 from serve_app.runtime.local import LocalEngine
 from serve_app.runtime.router import Registry
 from tests.model.families import make_tiny
@@ -21,13 +24,13 @@ def weights(request, tmp_path_factory):
     return Checkpoint.open(folder)
 
 
-def config_of(pp, dp, dtype="bfloat16", **scheduler):
+def config_of(pp, dp, tp=1, dtype="bfloat16", standby_slots=0, **scheduler):
     return OctavoConfig.model_validate(
         {
             "model": "tiny",
             "dtype": dtype,
-            "layout": {"pp": pp, "dp": dp},
-            "worker": {"kv_gib": 0.01},
+            "layout": {"pp": pp, "dp": dp, "tp": tp},
+            "worker": {"kv_gib": 0.01, "standby_slots": standby_slots},
             "scheduler": {"page_tokens": 16, "max_step_tokens": 48} | scheduler,
         }
     )
@@ -46,12 +49,12 @@ def requests_of(weights, num, seed, temperature=0.0, max_new_tokens=24):
     ]
 
 
-@pytest.mark.parametrize(("pp", "dp"), [(1, 1), (3, 1), (1, 2), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("pp", "dp", "tp"), [(1, 1, 1), (3, 1, 1), (1, 2, 1), (2, 3, 1), (1, 1, 2), (2, 2, 3)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_any_layout_emits_the_same_tokens_in_bf16(weights, pp, dp, temperature):
+def test_any_layout_emits_in_bf16_what_one_process_with_as_many_shards_does(weights, pp, dp, tp, temperature):
     requests = requests_of(weights, 12, seed=pp * 10 + dp, temperature=temperature)
-    expected = collect_local(LocalEngine.load(weights, config_of(1, 1)), requests)
-    with ThreadedCell(weights, config_of(pp, dp)) as cell:
+    expected = collect_local(LocalEngine.load(weights, config_of(1, 1, tp)), requests)
+    with ThreadedCell(weights, config_of(pp, dp, tp)) as cell:
         for request in requests:
             cell.submit(request)
         assert cell.collect(len(requests)) == expected
@@ -60,13 +63,15 @@ def test_any_layout_emits_the_same_tokens_in_bf16(weights, pp, dp, temperature):
 
 
 class Shuffled(Registry):
-    """Experts live anywhere: no balance, some workers host none of a layer."""
+    """Experts live anywhere, some in several places: no balance, some workers host none of a layer."""
 
-    def __init__(self, *args, seed):
-        super().__init__(*args)
-        draw = random.Random(seed)
+    def __init__(self, layout, stages, num_experts, seed):
+        super().__init__(layout, stages, num_experts, None)
+        self._draw = random.Random(seed)
+        ranks = range(layout.group_size)
         self._tables = [
-            [[draw.randrange(args[0].group_size) for _ in experts] for experts in layers] for layers in super().tables()
+            [[self._draw.sample(ranks, self._draw.randint(1, 3)) for _ in range(num_experts)] for _ in layers]
+            for layers in stages
         ]
 
     def tables(self):
@@ -74,15 +79,25 @@ class Shuffled(Registry):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_placement_changes_no_token(weights, seed):
-    config = config_of(2, 2)
-    registry = Shuffled(Layout(2, 2), stage_layers(weights.spec.num_layers, 2), weights.spec.num_experts, seed=seed)
+def test_placement_and_copies_change_no_token(weights, seed):
+    config = config_of(2, 2, 2, max_step_tokens=200)  # steps wide enough that copies share an expert's rows
+    layout, spec = Layout(2, 2, 2), weights.spec
+    registry = Shuffled(layout, stage_layers(spec.num_layers, 2), spec.num_experts, seed)
     requests = requests_of(weights, 8, seed=seed, temperature=0.7)
-    expected = collect_local(LocalEngine.load(weights, config_of(1, 1)), requests)
+    expected = collect_local(LocalEngine.load(weights, config_of(1, 1, 2)), requests)
     with ThreadedCell(weights, config, registry) as cell:
         for request in requests:
             cell.submit(request)
         assert cell.collect(len(requests)) == expected
+
+
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=5, unique=True), st.integers(0, 15), st.integers(1, 500))
+def test_copies_share_an_expert_s_rows_evenly_each_row_once(hosts, caller, num_rows):
+    dealt = deal(hosts, caller, num_rows)
+    assert [row for _, part in dealt for row in part] == list(range(num_rows))
+    assert len({rank for rank, _ in dealt}) == len(dealt)
+    assert len(dealt) == 1 or min(len(part) for _, part in dealt) >= MIN_SPLIT_ROWS
+    assert caller not in hosts or dealt[0][0] == caller
 
 
 def test_a_new_epoch_in_the_middle_changes_no_token(weights):

@@ -49,8 +49,8 @@ class Stand:
         self.say(name, Hello(name, self.mesh(name).address, 100, 0.0, 0))
 
     def form(self, epoch, *names):
-        seats = [(name, stage, 0) for stage, name in enumerate(names)]
-        self.say("keeper", Form(epoch, seats, "tcp://127.0.0.1:9", [[[0]] for _ in names]))
+        seats = [(name, stage, 0, 0) for stage, name in enumerate(names)]
+        self.say("keeper", Form(epoch, seats, "tcp://127.0.0.1:9", [[[[0]]] for _ in names]))
 
     def hear(self, name, kind):
         """The next message to a worker, which must be of this kind."""
