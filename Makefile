@@ -32,8 +32,9 @@ check: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.serve  ## tokens per second of the demo model and of the reference shape, in this process
+bench: $(VENV)/.serve  ## tokens per second of the demo model and of the reference model, in this process
 	$(BIN)/octavo fetch demo
+	$(BIN)/octavo fetch reference
 	$(BIN)/octavo bench --model demo
 	$(BIN)/octavo bench --model reference
 

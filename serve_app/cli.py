@@ -35,7 +35,7 @@ IMPORT_PATH = "serve_app.app:build"
 DEFAULT_BATCHES = (1, 8, 32, 64)
 DEFAULT_CONFIG = Path("deployments/config.yaml")
 
-Model = Annotated[str, typer.Option(help="`demo`, a folder, or a Hugging Face hub id")]
+Model = Annotated[str, typer.Option(help="`demo`, `reference` (random weights), a folder, or a Hugging Face hub id")]
 
 
 def main() -> None:
@@ -55,18 +55,17 @@ def version() -> None:
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(help="`demo`, or a Hugging Face hub id")] = "demo",
-    verify: Annotated[bool, typer.Option("--verify", help="read every byte of the demo model that is there")] = False,
+    model: Annotated[str, typer.Argument(help="`demo`, `reference`, or a Hugging Face hub id")] = "demo",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every byte of the demo or the reference model that is there")
+    ] = False,
 ) -> None:
     """Get a model ready to serve; does nothing when it is already there."""
-    from serve_app.fetch.demo import fetch_demo
     from serve_app.fetch.hub import resolve
     from serve_app.fetch.progress import progress_bar
 
-    if verify and model != "demo":
-        raise OctavoError(f"--verify is for the demo model: no hashes are known of {model}")
     with progress_bar() as report:
-        folder = fetch_demo(report, verify=True) if verify else resolve(model, report)
+        folder = resolve(model, report, verify=verify)
     print(folder)
 
 
@@ -128,6 +127,8 @@ def generate(
     tokens = _prompt_tokens(tokenizer, prompt, raw)
     if not 0 < len(tokens) < spec.max_positions:
         raise OctavoError(f"the prompt is {len(tokens)} tokens; it must be 1 to {spec.max_positions - 1}")
+    context = {"max_context_tokens": len(tokens) + max_new_tokens}  # there may be no room for a whole one's KV
+    config = parse_config({"model": model, "worker": {"num_threads": threads}, "scheduler": context})
     with err.status("loading"):
         from serve_app.model.checkpoint import Checkpoint
         from serve_app.runtime.local import LocalEngine  # torch: seconds that a refused prompt need not wait
@@ -151,7 +152,7 @@ def _prompt_tokens(tokenizer: "Tokenizer", prompt: str, raw: bool) -> list[int]:
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="`demo`, `reference` (random weights), a folder, or a hub id")] = "demo",
+    model: Model = "demo",
     url: Annotated[str | None, typer.Option(help="measure this server instead of an engine in this process")] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="requests at a time; may be given several times")
@@ -172,3 +173,28 @@ def bench(
     if prefill_tokens:
         workloads.append(Workload(1, prefill_tokens, 2))
     run_all(model, url, workloads, threads, as_json=json, console=err)
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Option(help="the server")] = "http://127.0.0.1:8000",
+    watch: Annotated[bool, typer.Option("--watch", help="redraw each second until Ctrl-C")] = False,
+    experts: Annotated[bool, typer.Option("--experts", help="list who holds which experts")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print what the server says, as JSON")] = False,
+) -> None:
+    """Draw a running cell: its workers, their load and memory, who holds which experts.
+
+    Ends with status 0 if there is a cell to show, ready or not: ask /readyz
+    for that. Ends with one sentence and status 1 if there is none: no server,
+    another server, or one whose router does not answer. A watch goes on.
+    """
+    from serve_app.status import show
+
+    if json and (watch or experts):
+        raise OctavoError("--json prints all that the server says, once: leave --watch and --experts out")
+    if json:
+        show.show_json(url)
+    elif watch:
+        show.watch(url, experts=experts)
+    else:
+        show.show(url, experts=experts)

@@ -55,7 +55,7 @@ class LimitsConfig(_Section):
 class OctavoConfig(_Section):
     """The arguments of `serve_app.app:build`."""
 
-    model: str = Field("demo", min_length=1, description="`demo`, a folder, or a Hugging Face hub id")
+    model: str = Field("demo", min_length=1, description="`demo`, `reference`, a folder, or a Hugging Face hub id")
     network: Literal["auto", "loopback", "cluster"] = Field(
         "auto",
         description="where the cell's sockets bind; auto: loopback while Ray has one node, else each node's own"

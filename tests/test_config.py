@@ -4,7 +4,9 @@ import pytest
 
 from serve_app.config import OctavoConfig, parse_config
 from serve_app.errors import ConfigError, OctavoError
-from serve_app.runtime.settings import check, max_context_tokens
+from serve_app.experts.placement import Slots
+from serve_app.model.spec import read_spec
+from serve_app.runtime.settings import check, max_context_tokens, slots_of
 from tests.model.families import make_tiny, make_tiny_tokenizer
 
 
@@ -12,10 +14,12 @@ from tests.model.families import make_tiny, make_tiny_tokenizer
     ("args", "sentence"),
     [
         ({"modle": "demo"}, "`modle` is not a key of this config"),
-        ({"layout": {"tp": 2}}, "`layout.tp` is not a key of this config"),
+        ({"layout": {"ep": 2}}, "`layout.ep` is not a key of this config"),
         ({"layout": {"pp": 0}}, "`layout.pp` = 0: Input should be greater than or equal to 1"),
         ({"layout": 3}, "`layout` = 3: "),
         ({"worker": {"kv_gib": -1}}, "`worker.kv_gib` = -1: "),
+        ({"worker": {"primary_slots": 0}}, "`worker.primary_slots` = 0: "),
+        ({"worker": {"standby_slots": -1}}, "`worker.standby_slots` = -1: "),
         ({"dtype": "float16"}, "`dtype` = 'float16': "),
         ({"scheduler": {"page_tokens": 7}}, "`scheduler.page_tokens` = 7: "),
         ({"worker": {"kv_gib": "many"}, "typo": 1}, "`worker.kv_gib` = 'many': "),
@@ -41,6 +45,33 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path):
     config = parse_config({"model": str(tmp_path), "layout": {"pp": 9}})
     with pytest.raises(ConfigError, match=r"the layout does not fit the model: .*9"):
         check(config)
+
+
+def test_more_shards_than_attention_heads_are_refused(tmp_path):
+    make_tiny("mixtral", tmp_path)
+    make_tiny_tokenizer(tmp_path, 512)
+    config = parse_config({"model": str(tmp_path), "layout": {"tp": 99}})
+    with pytest.raises(ConfigError, match=r"the layout does not fit the model: .*99"):
+        check(config)
+
+
+def test_slots_too_few_for_the_experts_are_refused(tmp_path):
+    make_tiny("mixtral", tmp_path)
+    make_tiny_tokenizer(tmp_path, 512)
+    config = parse_config({"model": str(tmp_path), "layout": {"tp": 2, "dp": 2}, "worker": {"primary_slots": 3}})
+    with pytest.raises(
+        ConfigError, match=r"^`worker\.primary_slots` = 3 is too few: .* x 8 experts needs .* 4 workers$"
+    ):
+        check(config)
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3])
+def test_by_default_there_are_just_enough_slots_for_the_largest_stage(tmp_path, pp):
+    make_tiny("mixtral", tmp_path)
+    spec = read_spec(tmp_path)
+    num_pairs = -(-spec.num_layers // pp) * spec.num_experts
+    config = parse_config({"layout": {"pp": pp, "dp": 3}, "worker": {"standby_slots": 2}})
+    assert slots_of(config, spec) == Slots(-(-num_pairs // 3), 2)
 
 
 def test_a_missing_model_is_refused(tmp_path):

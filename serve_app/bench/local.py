@@ -4,37 +4,17 @@ import time
 from collections.abc import Sequence
 
 from serve_app.bench.measure import Advance, BenchError, Figures, Trace, Workload, figures
-from serve_app.config import OctavoConfig, parse_config
+from serve_app.config import parse_config
 from serve_app.engine.request import Request, SamplingParams
 from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import silent
 from serve_app.model.checkpoint import Checkpoint
-from serve_app.model.moe import Weights
-from serve_app.model.random_weights import random_checkpoint
-from serve_app.model.spec import ModelSpec, RopeSpec
+from serve_app.model.spec import ModelSpec
 from serve_app.model.timing import StepTimer
 from serve_app.runtime.local import LocalEngine
 from serve_app.runtime.settings import check
 
-# The founding document's model at the size that a small machine runs: 0.44 B parameters, 0.07 B of them active.
-REFERENCE = ModelSpec(
-    family="qwen3_moe",
-    vocab_size=49_152,
-    hidden_size=512,
-    num_layers=16,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    num_experts=16,
-    top_k=2,
-    expert_size=1024,
-    norm_topk=True,
-    max_positions=20_480,
-    norm_eps=1e-6,
-    rope=RopeSpec(),
-    tie_embeddings=True,
-    qk_norm="head",
-)
+_WARM_UP = Workload(2, 16, 4)  # first touches are slow
 
 
 class LocalBench:
@@ -45,15 +25,20 @@ class LocalBench:
             {
                 "model": model,
                 "worker": {"num_threads": threads},
-                "scheduler": {"max_running": 1024, "prefix_cache": False},
+                "scheduler": {
+                    "max_running": 1024,
+                    "max_context_tokens": max(map(_num_tokens, (_WARM_UP, *workloads))),
+                    "prefix_cache": False,
+                },
             }
         )
         self._timer = StepTimer()
-        weights = _weights(config)
-        _check_context(weights.spec, workloads)
-        self._vocab_size = weights.spec.vocab_size
+        spec = check(config)
+        _check_context(spec, workloads)
+        self._vocab_size = spec.vocab_size
+        weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
         self._engine = LocalEngine.load(weights, config, self._timer)
-        self.run(Workload(2, 16, 4), lambda num_tokens: None)  # first touches are slow
+        self.run(_WARM_UP, lambda num_tokens: None)
 
     def run(self, workload: Workload, advance: Advance) -> Figures:
         """One batch, from submission to its last token."""
@@ -77,18 +62,15 @@ class LocalBench:
         return shares | {"engine": 1 - sum(shares.values())}
 
 
+def _num_tokens(workload: Workload) -> int:
+    """Of one sequence."""
+    return workload.prompt_tokens + workload.output_tokens
+
+
 def _check_context(spec: ModelSpec, workloads: Sequence[Workload]) -> None:
     for workload in workloads:
-        num_tokens = workload.prompt_tokens + workload.output_tokens
-        if num_tokens > spec.max_positions:
+        if _num_tokens(workload) > spec.max_positions:
             raise BenchError(
                 f"{workload.prompt_tokens} prompt tokens and {workload.output_tokens} output tokens do not fit the"
                 f" model's context of {spec.max_positions}"
             )
-
-
-def _weights(config: OctavoConfig) -> Weights:
-    if config.model == "reference":
-        return random_checkpoint(REFERENCE, seed=0)
-    check(config)
-    return Checkpoint.open(resolve(config.model, silent, fetch=False))

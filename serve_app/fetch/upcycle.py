@@ -3,15 +3,17 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.fetch.gguf_llama import GgufLlama
-from serve_app.fetch.progress import Report
+from serve_app.fetch.progress import Report, counted
+from serve_app.fetch.write import num_bytes, write_configs, write_file
 from serve_app.model.files import Expected, expected_tensors
 from serve_app.model.spec import parse_config
 
@@ -39,55 +41,27 @@ def mixtral_config(dense: Mapping[str, Any]) -> dict[str, Any]:
 def write_checkpoint(source: GgufLlama, config: Mapping[str, Any], folder: Path, report: Report) -> None:
     """Write a Hugging Face checkpoint in bfloat16 of `source` as `config` says: dense (llama) or upcycled (mixtral)."""
     expected = expected_tensors(parse_config(config))
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+    write_configs(config, folder)
+    write_tokenizer(source, folder)
+    advance = counted(report, "writing the demo model", num_bytes(expected))
+    tensor = partial(_tensor, source, expected)
+    write_file(folder / "model.safetensors", expected, tensor, advance)
+
+
+def write_tokenizer(source: GgufLlama, folder: Path) -> None:
+    """Write the files that make a tokenizer, its chat template among them."""
     (folder / "tokenizer_config.json").write_text(json.dumps(source.tokenizer_config(), indent=2))
     source.tokenizer().save(str(folder / "tokenizer.json"))
-    with (folder / "model.safetensors").open("wb") as file:
-        _write_safetensors(file, expected, lambda name: _tensor(source, name, expected[name].shape), report)
 
 
-def _tensor(source: GgufLlama, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def _tensor(source: GgufLlama, expected: Mapping[str, Expected], name: str) -> npt.NDArray[np.float32]:
     gate = re.fullmatch(r"layers\.(\d+)\.gate", name)
     if gate:
-        return _gate(int(gate[1]), shape)
-    tensor = source.tensor(re.sub(r"experts\.\d+", "experts.0", name))
-    assert tensor.shape == shape
-    return tensor
+        return _gate(int(gate[1]), expected[name].shape)
+    return source.tensor(re.sub(r"experts\.\d+", "experts.0", name))
 
 
 def _gate(layer: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Random rows. RandomState, because numpy has frozen its streams for all versions to come."""
     rows = np.random.RandomState(_GATE_SEEDS[layer]).uniform(-1, 1, shape)
     return (rows * (_GATE_NORM * math.sqrt(3 / shape[1]))).astype(np.float32)
-
-
-def _write_safetensors(
-    file: BinaryIO, expected: Mapping[str, Expected], tensor: Callable[[str], npt.NDArray[np.float32]], report: Report
-) -> None:
-    """Write tensors in bfloat16 one by one, so that no more than one is in memory."""
-    header = _header(expected.values())
-    file.write(len(header).to_bytes(8, "little") + header)
-    total_bytes = sum(2 * math.prod(shape) for _, shape in expected.values())
-    done_bytes = 0
-    for name in expected:
-        done_bytes += file.write(_bfloat16(tensor(name)).tobytes())
-        report("writing the demo model", done_bytes, total_bytes)
-
-
-def _header(expected: Iterable[Expected]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for hf_name, shape in expected:
-        num_bytes = 2 * math.prod(shape)
-        entries[hf_name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
-        offset += num_bytes
-    text = json.dumps(entries).encode()
-    return text + b" " * (-len(text) % 8)  # the format asks for aligned data
-
-
-def _bfloat16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The upper halves of float32, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)

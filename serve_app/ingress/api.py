@@ -1,4 +1,4 @@
-"""The FastAPI application: `/generate` in two dialects, health, metrics, models."""
+"""The FastAPI application: `/generate` in two dialects, health, placement, metrics, models."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from serve_app import __version__
 from serve_app.errors import OctavoError
 from serve_app.ingress import sglang, tgi
+from serve_app.ingress.admin import admin_routes
 from serve_app.ingress.body import read_body, set_fields
 from serve_app.ingress.call import Call, Runner
 from serve_app.ingress.client import Engine
@@ -48,6 +49,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, model: ModelInfo, limits: L
     app = OctavoApi(title="Octavo", version=__version__, docs_url=None, redoc_url=None)  # those pages need a CDN
     app.include_router(_generate_route(door, Runner(engine, tokenizer, metrics)))
     app.include_router(health_routes(engine, limits.max_status_wait_s))
+    app.include_router(admin_routes(engine, limits.max_placement_wait_s))
     app.include_router(_info_routes(engine, model, metrics, limits.max_status_wait_s))
     app.add_exception_handler(HTTPException, _http_fault)
     app.add_exception_handler(Exception, _internal_fault)

@@ -8,6 +8,7 @@ import msgspec
 from serve_app.engine.core import EngineStats
 from serve_app.engine.request import Emission, Request
 from serve_app.errors import OctavoError
+from serve_app.runtime.snapshot import CellView
 
 
 class EngineUnavailableError(OctavoError):
@@ -36,4 +37,8 @@ class Engine(Protocol):
 
     async def status(self) -> EngineStatus:
         """How the engine is. Raises EngineUnavailableError; may take as long as the caller's patience."""
+        ...
+
+    async def placement(self) -> CellView:
+        """Who holds what. Raises EngineUnavailableError; may take as long as the caller's patience."""
         ...

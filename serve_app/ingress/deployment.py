@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from serve_app.cluster.cell import cause_of
 from serve_app.cluster.node import log_to_stderr
 from serve_app.config import OctavoConfig
 from serve_app.engine.request import Emission, Request
@@ -20,17 +21,19 @@ from serve_app.model.spec import ModelSpec
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.runtime.client import ConnectionLostError, EngineClient
 from serve_app.runtime.settings import max_context_tokens
+from serve_app.runtime.snapshot import CellView
 
 SILENT_S = 5.0  # an engine not heard for this long is not live
 LOST_S = 30.0  # and after this long it may have come back elsewhere
 
 
 class CellEngine:
-    """`Engine` over the mesh."""
+    """`Engine` over the mesh; the rare question who holds what goes by `engine`, the Serve handle of its deployment."""
 
-    def __init__(self, client: EngineClient, page_tokens: int) -> None:
+    def __init__(self, client: EngineClient, page_tokens: int, engine: Any) -> None:
         self._client = client
         self._page_tokens = page_tokens
+        self._engine = engine
 
     async def submit(self, request: Request) -> AsyncGenerator[Emission, None]:
         status = await self.status()
@@ -53,6 +56,13 @@ class CellEngine:
             live=True, ready=latest.ready, reason=latest.reason, page_tokens=self._page_tokens, stats=latest.stats
         )
 
+    async def placement(self) -> CellView:
+        try:
+            view: CellView = await self._engine.placement.remote()
+        except Exception as error:  # a dead replica, a full queue, what the engine says: there is no answer
+            raise EngineUnavailableError(cause_of(error)) from None
+        return view
+
 
 class IngressService:
     """One HTTP replica. Serve calls the constructor inside its event loop, then asks for the application."""
@@ -70,7 +80,7 @@ class IngressService:
             created=created_unix_s,
         )
         limits = Limits(max_body_bytes=config.limits.max_body_bytes, max_prompts=config.limits.max_prompts)
-        self._app = create_app(CellEngine(self._client, config.scheduler.page_tokens), tokenizer, info, limits)
+        self._app = create_app(CellEngine(self._client, config.scheduler.page_tokens, engine), tokenizer, info, limits)
 
     def check_health(self) -> None:
         """Serve replaces an ingress that has lost its engine; the new one asks where the engine is now."""

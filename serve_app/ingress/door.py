@@ -36,6 +36,7 @@ class Limits:
     max_stop_chars: int = 256
     max_stop_token_ids: int = 64
     max_status_wait_s: float = 2.0  # how long health pages wait for the engine
+    max_placement_wait_s: float = 6.0  # longer than the engine waits for its router: its sentence is the better one
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What /openapi.json says of the body of `/generate`, taken from the structs that decode it."""
+"""What /openapi.json says of `/generate` and `/admin/placement`, taken from the structs that decode and make them."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 from serve_app.ingress.sglang import SglangFields
 from serve_app.ingress.tgi import TgiFields
+from serve_app.runtime.snapshot import CellView
 
 _EXAMPLES: dict[str, Any] = {
     "chat": {
@@ -17,8 +18,8 @@ _EXAMPLES: dict[str, Any] = {
     "tgi": {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 40, "details": True}},
 }
 
-_ROOTS, _COMPONENTS = msgspec.json.schema_components(
-    [SglangFields, TgiFields], ref_template="#/components/schemas/{name}"
+(*_PROMPTS, _CELL), _COMPONENTS = msgspec.json.schema_components(
+    [SglangFields, TgiFields, CellView], ref_template="#/components/schemas/{name}"
 )
 
 GENERATE_OPENAPI: dict[str, Any] = {
@@ -26,10 +27,17 @@ GENERATE_OPENAPI: dict[str, Any] = {
         "required": True,
         "content": {
             "application/json": {
-                "schema": {"anyOf": list(_ROOTS)},
+                "schema": {"anyOf": _PROMPTS},
                 "examples": {name: {"value": body} for name, body in _EXAMPLES.items()},
             }
         },
+    }
+}
+
+PLACEMENT_OPENAPI: dict[str, Any] = {
+    "responses": {
+        "200": {"description": "The cell", "content": {"application/json": {"schema": _CELL}}},
+        "503": {"description": "The router does not answer; `reason` says why"},
     }
 }
 

@@ -31,4 +31,7 @@ class Checkpoint:
         stored = self._located[name]
         if stored.path not in self._files:
             self._files[stored.path] = safe_open(stored.path, framework="pt")
-        return cast(torch.Tensor, self._files[stored.path].get_tensor(stored.hf_name))
+        tensor = cast(torch.Tensor, self._files[stored.path].get_tensor(stored.hf_name))
+        if stored.cut is None:
+            return tensor
+        return tensor[stored.cut.expert, stored.cut.begin : stored.cut.end]

@@ -41,12 +41,25 @@ class Naming(NamedTuple):
     parts: dict[str, str]
 
 
+_MIXTRAL = Naming("block_sparse_moe.gate", "block_sparse_moe.experts.{}", {"gate": "w1", "up": "w3", "down": "w2"})
+_QWEN = Naming("mlp.gate", "mlp.experts.{}", _MLP)
 _NAMING = {
     "llama": Naming("", "mlp", _MLP),
-    "mixtral": Naming("block_sparse_moe.gate", "block_sparse_moe.experts.{}", {"gate": "w1", "up": "w3", "down": "w2"}),
-    "qwen3_moe": Naming("mlp.gate", "mlp.experts.{}", _MLP),
-    "olmoe": Naming("mlp.gate", "mlp.experts.{}", _MLP),
+    "mixtral": _MIXTRAL,
+    "phimoe": _MIXTRAL,
+    "qwen2_moe": _QWEN,
+    "qwen3_moe": _QWEN,
+    "olmoe": _QWEN,
+    "granitemoe": Naming("block_sparse_moe.router.layer", "block_sparse_moe", {}),  # its experts are packed
 }
+
+
+class Cut(NamedTuple):
+    """Where a matrix lies in a packed tensor of three dimensions: packed[expert, begin:end]."""
+
+    expert: int
+    begin: int
+    end: int
 
 
 class Expected(NamedTuple):
@@ -54,15 +67,23 @@ class Expected(NamedTuple):
 
     hf_name: str
     shape: tuple[int, ...]
+    cut: Cut | None = None  # it is this part of the tensor `hf_name`
+    packed_shape: tuple[int, ...] = ()  # of the tensor `hf_name`, where it is a part
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor `hf_name` in the file."""
+        return self.packed_shape if self.cut else self.shape
 
 
 class Stored(NamedTuple):
-    """A tensor that a safetensors file says it has."""
+    """A tensor that a safetensors file says it has, or a part of one."""
 
     path: Path
     hf_name: str
     dtype: str  # as safetensors writes it: "BF16", "F32", ...
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole
+    cut: Cut | None = None
 
 
 def check_folder(folder: Path) -> ModelSpec:
@@ -85,7 +106,7 @@ def locate_tensors(folder: Path) -> tuple[ModelSpec, dict[str, Stored]]:
 
 
 def _checked(folder: Path, expected: Expected, found: Stored | None) -> Stored:
-    name, shape = expected
+    name, shape = expected.hf_name, expected.stored_shape
     if found is None:
         raise CheckpointError(f"the checkpoint {folder} has no tensor {name}")
     if found.shape != shape:
@@ -96,7 +117,7 @@ def _checked(folder: Path, expected: Expected, found: Stored | None) -> Stored:
         raise CheckpointError(
             f"tensor {name} in {found.path} has dtype {found.dtype}; supported are {', '.join(_DTYPES)}"
         )
-    return found
+    return found._replace(cut=expected.cut)
 
 
 # -- what a spec asks for -----------------------------------------------------------------------------------------
@@ -105,24 +126,31 @@ def _checked(folder: Path, expected: Expected, found: Stored | None) -> Stored:
 def expected_tensors(spec: ModelSpec) -> dict[str, Expected]:
     """Canonical name -> Hugging Face name and shape, for every tensor of the model.
 
-    Canonical names: `embed`, `norm`, `head` (absent where tied to `embed`) and, under `layers.{l}.`: `attn_norm`, `q`,
-    `k`, `v`, `o`, `{q,k,v,o}_bias` and `q_norm`, `k_norm` where the model has them, `mlp_norm`, `gate` (absent where
-    dense), `experts.{e}.gate`, `.up`, `.down` (dense: expert 0). Matrices are (out, in).
+    Canonical names: `embed`, `norm`, `head` (absent where tied to `embed`), `head_bias` and, under `layers.{l}.`:
+    `attn_norm`, `q`, `k`, `v`, `o`, `{q,k,v,o}_bias` and `q_norm`, `k_norm` where the model has them, `mlp_norm`,
+    `gate` (absent where dense), `experts.{e}.gate`, `.up`, `.down` (dense: expert 0), and of a shared expert
+    `shared.gate`, `.up`, `.down` and `shared_gate`. A LayerNorm has `{name}_bias` too. Matrices are (out, in).
     """
     vocabulary = (spec.vocab_size, spec.hidden_size)
-    names = {
-        "embed": Expected("model.embed_tokens.weight", vocabulary),
-        "norm": Expected("model.norm.weight", (spec.hidden_size,)),
-    }
+    names = {"embed": Expected("model.embed_tokens.weight", vocabulary), **dict(_norm(spec, "norm", "model.norm"))}
     if not spec.tie_embeddings:
         names["head"] = Expected("lm_head.weight", vocabulary)
+    if spec.head_bias:
+        names["head_bias"] = Expected("lm_head.bias", (spec.vocab_size,))
     for layer in range(spec.num_layers):
-        for name, hf_name, shape in (*_attention(spec), *_experts(spec)):
-            names[f"layers.{layer}.{name}"] = Expected(f"model.layers.{layer}.{hf_name}", shape)
+        for name, expected in (*_attention(spec), *_experts(spec), *_shared(spec)):
+            hf_name = f"model.layers.{layer}.{expected.hf_name}"
+            names[f"layers.{layer}.{name}"] = expected._replace(hf_name=hf_name)
     return names
 
 
-def _attention(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _norm(spec: ModelSpec, name: str, hf_name: str) -> Iterator[tuple[str, Expected]]:
+    yield name, Expected(f"{hf_name}.weight", (spec.hidden_size,))
+    if spec.norm == "layer":
+        yield f"{name}_bias", Expected(f"{hf_name}.bias", (spec.hidden_size,))
+
+
+def _attention(spec: ModelSpec) -> Iterator[tuple[str, Expected]]:
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     matrices = {
         "q": (q_size, spec.hidden_size),
@@ -130,26 +158,52 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         "v": (kv_size, spec.hidden_size),
         "o": (spec.hidden_size, q_size),
     }
-    vectors: dict[str, tuple[int, ...]] = {"attn_norm": (spec.hidden_size,), "mlp_norm": (spec.hidden_size,)}
+    for name, shape in matrices.items():
+        yield name, Expected(f"{_ATTENTION[name]}.weight", shape)
+        if spec.output_bias if name == "o" else spec.qkv_bias:
+            yield f"{name}_bias", Expected(f"{_ATTENTION[name]}.bias", shape[:1])
+    for name in ("attn_norm", "mlp_norm"):
+        yield from _norm(spec, name, _ATTENTION[name])
     if spec.qk_norm != "none":
         per_head = spec.qk_norm == "head"
-        vectors["q_norm"] = (spec.head_dim if per_head else q_size,)
-        vectors["k_norm"] = (spec.head_dim if per_head else kv_size,)
-    for name, shape in (matrices | vectors).items():
-        yield name, f"{_ATTENTION[name]}.weight", shape
-    for name, shape in matrices.items() if spec.attention_bias else ():
-        yield f"{name}_bias", f"{_ATTENTION[name]}.bias", shape[:1]
+        yield "q_norm", Expected(f"{_ATTENTION['q_norm']}.weight", (spec.head_dim if per_head else q_size,))
+        yield "k_norm", Expected(f"{_ATTENTION['k_norm']}.weight", (spec.head_dim if per_head else kv_size,))
 
 
-def _experts(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _experts(spec: ModelSpec) -> Iterator[tuple[str, Expected]]:
     naming = _NAMING[spec.family]
-    wide, narrow = (spec.expert_size, spec.hidden_size), (spec.hidden_size, spec.expert_size)
     if naming.gate:
-        yield "gate", f"{naming.gate}.weight", (spec.num_experts, spec.hidden_size)
+        yield "gate", Expected(f"{naming.gate}.weight", (spec.num_experts, spec.hidden_size))
     for expert in range(spec.num_experts):
-        for part, hf_part in naming.parts.items():
-            shape = narrow if part == "down" else wide
-            yield f"experts.{expert}.{part}", f"{naming.expert.format(expert)}.{hf_part}.weight", shape
+        name, hf_name = f"experts.{expert}", naming.expert.format(expert)
+        if naming.parts:
+            yield from _mlp(spec.hidden_size, spec.expert_size, name, hf_name, naming.parts)
+        else:
+            yield from _packed_expert(spec, expert, name, hf_name)
+
+
+def _mlp(
+    hidden_size: int, width: int, name: str, hf_name: str, parts: dict[str, str]
+) -> Iterator[tuple[str, Expected]]:
+    for part, hf_part in parts.items():
+        shape = (hidden_size, width) if part == "down" else (width, hidden_size)
+        yield f"{name}.{part}", Expected(f"{hf_name}.{hf_part}.weight", shape)
+
+
+def _packed_expert(spec: ModelSpec, expert: int, name: str, hf_name: str) -> Iterator[tuple[str, Expected]]:
+    """One of the experts that share two tensors: (E, 2F, D) with the gate above the up part, and (E, D, F)."""
+    hidden, width = spec.hidden_size, spec.expert_size
+    wide, narrow = (spec.num_experts, 2 * width, hidden), (spec.num_experts, hidden, width)
+    gate, up, down = Cut(expert, 0, width), Cut(expert, width, 2 * width), Cut(expert, 0, hidden)
+    yield f"{name}.gate", Expected(f"{hf_name}.input_linear.weight", (width, hidden), gate, wide)
+    yield f"{name}.up", Expected(f"{hf_name}.input_linear.weight", (width, hidden), up, wide)
+    yield f"{name}.down", Expected(f"{hf_name}.output_linear.weight", (hidden, width), down, narrow)
+
+
+def _shared(spec: ModelSpec) -> Iterator[tuple[str, Expected]]:
+    if spec.shared_size is not None:
+        yield from _mlp(spec.hidden_size, spec.shared_size, "shared", "mlp.shared_expert", _MLP)
+        yield "shared_gate", Expected("mlp.shared_expert_gate.weight", (1, spec.hidden_size))
 
 
 # -- what the files hold ------------------------------------------------------------------------------------------

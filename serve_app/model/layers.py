@@ -56,12 +56,25 @@ class Linear:
 
 
 class Norm:
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467): fp32 in, `dtype` out."""
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467): fp32 in, `dtype` out.
 
-    def __init__(self, weight_D: Tensor, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+    With a bias it is a LayerNorm (arXiv 1607.06450).
+    """
+
+    def __init__(
+        self,
+        weight_D: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        bias_D: Tensor | None = None,
+    ) -> None:
         self._weight = weight_D.to(device, torch.float32)
+        self._bias = None if bias_D is None else bias_D.to(device, torch.float32)
         self._dtype = dtype
         self._eps = eps
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        if self._bias is not None:
+            return F.layer_norm(x_TD, self._weight.shape, self._weight, self._bias, self._eps).to(self._dtype)
         return F.rms_norm(x_TD, self._weight.shape, self._weight, self._eps).to(self._dtype)

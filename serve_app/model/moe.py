@@ -32,17 +32,35 @@ class Experts(Protocol):
 def route(x_TD: Tensor, gate: Linear | None, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """(ids_TK, weights_TK in fp32): the K likeliest experts, likeliest first; between equals the lower id.
 
+    SparseMixer (`spec.mixer_jitter`) weighs them in its own way.
     A dense model has no gate: every token goes to expert 0 with weight 1.
     """
     if gate is None:
         shape = (len(x_TD), 1)
         return torch.zeros(shape, dtype=torch.int64, device=x_TD.device), torch.ones(shape, device=x_TD.device)
-    probs_TE = gate(x_TD).float().softmax(-1)
-    sorted_TE, ids_TE = torch.sort(probs_TE, dim=-1, descending=True, stable=True)
+    scores_TE = gate(x_TD).float()
+    if spec.mixer_jitter is None:
+        scores_TE = scores_TE.softmax(-1)
+    sorted_TE, ids_TE = torch.sort(scores_TE, dim=-1, descending=True, stable=True)
+    if spec.mixer_jitter is not None:
+        return ids_TE[:, : spec.top_k], _mixed(sorted_TE, spec.top_k, spec.mixer_jitter)
     weights_TK = sorted_TE[:, : spec.top_k]
     if spec.norm_topk:
         weights_TK = weights_TK / _sum_in_order(weights_TK)
     return ids_TE[:, : spec.top_k], weights_TK
+
+
+def _mixed(sorted_TE: Tensor, top_k: int, jitter: float) -> Tensor:
+    """Weights TK of SparseMixer (arXiv 2409.12136) from descending logits.
+
+    The k-th expert's is its softmax among those that are left and near it: within 2 * `jitter` of it, relatively.
+    """
+    weights = []
+    for k in range(top_k):
+        left_TE, best_T1 = sorted_TE[:, k:], sorted_TE[:, k : k + 1]
+        is_far_TE = (best_T1 - left_TE) / left_TE.abs().clamp(min=best_T1) > 2 * jitter
+        weights.append(left_TE.masked_fill(is_far_TE, -torch.inf).softmax(-1)[:, :1])
+    return torch.cat(weights, 1)
 
 
 def _sum_in_order(weights_TK: Tensor) -> Tensor:
@@ -84,6 +102,24 @@ class LocalExperts:
         rows_ND = x_TD.index_select(0, order_N // ids_TK.shape[1])
         y_ND = self._host.forward(layer, rows_ND, experts, counts)
         return torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*ids_TK.shape, -1)
+
+
+class SharedExpert:
+    """An expert that every token goes through where it is at home: sigmoid(gate(x)) * down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, weights: Weights, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Read and pack it. Raises KeyError where the model has none."""
+        name = f"layers.{layer}.shared"
+        gate_up = torch.cat([weights.tensor(f"{name}.gate"), weights.tensor(f"{name}.up")])
+        self._gate_up = Linear(gate_up, None, dtype, device)
+        self._down = Linear(weights.tensor(f"{name}.down"), None, dtype, device)
+        self._gate = Linear(weights.tensor(f"{name}_gate"), None, dtype, device)
+        self._width = len(gate_up) // 2
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Shape TD, in fp32."""
+        y_TD = self._down(_silu_mul(self._gate_up(x_TD), self._width))
+        return y_TD.float() * self._gate(x_TD).float().sigmoid()
 
 
 class ExpertHost:

@@ -1,12 +1,12 @@
-"""Random weights of any shape, made when asked for: benchmarks and tests need no file."""
+"""Random weights of any shape, made when asked for: tests need no file."""
 
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from serve_app.model.files import expected_tensors
+from serve_app.model.random_values import random_tensor
 from serve_app.model.spec import ModelSpec
 
 
@@ -18,13 +18,8 @@ class RandomWeights:
     seed: int
 
     def tensor(self, name: str) -> Tensor:
-        """fp32: norms are near one, matrices scaled so that activations keep their size. KeyError as a checkpoint."""
-        shape = expected_tensors(self.spec)[name].shape
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        values = torch.randn(shape, generator=generator)
-        if name.endswith("norm"):
-            return values.mul_(0.1).add_(1.0)
-        return values if len(shape) == 1 else values.mul_(shape[1] ** -0.5)
+        """fp32, as `random_tensor` makes it. KeyError as a checkpoint."""
+        return torch.from_numpy(random_tensor(name, expected_tensors(self.spec)[name].shape, self.seed))
 
 
 def random_checkpoint(spec: ModelSpec, seed: int = 0) -> RandomWeights:

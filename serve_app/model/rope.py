@@ -4,6 +4,8 @@ Shapes: T tokens, N heads, D head size, H = D / 2 frequencies, P positions. All 
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,15 +46,28 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
             return _llama3(plain_H, rope)
         case "yarn":
             return _yarn(plain_H, rope)
+        case "longrope":
+            return plain_H.div(torch.tensor(rope.params["short_factor"]))
 
 
 def attention_factor(rope: RopeSpec) -> float:
-    """YaRN's factor on cosines and sines (arXiv 2309.00071, section 3.4), where the config does not give it."""
-    if rope.kind != "yarn":
-        return 1.0
+    """The factor on cosines and sines where the config does not give it.
+
+    YaRN: arXiv 2309.00071, section 3.4. LongRoPE: arXiv 2402.13753, as transformers has it.
+    """
     params = rope.params
     if params.get("attention_factor") is not None:
         return float(params["attention_factor"])
+    match rope.kind:
+        case "yarn":
+            return _yarn_attention(params)
+        case "longrope" if params["factor"] > 1:
+            return math.sqrt(1 + math.log(params["factor"]) / math.log(params["original_max_position_embeddings"]))
+        case _:
+            return 1.0
+
+
+def _yarn_attention(params: Mapping[str, Any]) -> float:
     if params.get("mscale") and params.get("mscale_all_dim"):
         return _mscale(params["factor"], params["mscale"]) / _mscale(params["factor"], params["mscale_all_dim"])
     return _mscale(params["factor"], 1.0)

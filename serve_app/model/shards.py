@@ -66,7 +66,7 @@ def add_partials(x_SD: Tensor, partial_TD: Tensor, shards: Shards, scale: float 
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
-    """`x` times `scale`, in fp32: an addition of its own, because a fused one rounds some elements otherwise."""
+    """`x` times `scale`, in fp32. A product of its own: fused with an addition, some elements are rounded otherwise."""
     return x if scale == 1.0 else x.float() * scale
 
 

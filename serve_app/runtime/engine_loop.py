@@ -25,6 +25,7 @@ from serve_app.runtime.wire import (
     Member,
     Message,
     Phase,
+    Record,
     Status,
     Stop,
     Tokens,
@@ -98,6 +99,9 @@ class EngineLoop:
                 self._lose(name, why)
             case Phase(reason):
                 self._not_ready(reason)
+            case Record():
+                for worker in self._seats.values():
+                    self._mesh.send(worker, message)
             case Stop():
                 self._stop()
             case _:

@@ -6,6 +6,7 @@ from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineConfig
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.experts.layout import Layout, stage_layers
+from serve_app.experts.placement import Slots, primaries_per_worker
 from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import silent
 from serve_app.model.files import check_folder
@@ -36,11 +37,28 @@ def max_context_tokens(config: OctavoConfig, spec: ModelSpec) -> int:
 def layout_of(config: OctavoConfig, spec: ModelSpec) -> tuple[Layout, list[range]]:
     """The layout and the layers of each stage. ConfigError where the model cannot be cut so."""
     try:
-        layout = Layout(config.layout.pp, config.layout.dp)
-        layout.check_model(spec.num_layers, spec.num_heads, spec.num_kv_heads)
+        layout = Layout(config.layout.pp, config.layout.dp, config.layout.tp)
+        layout.check_model(spec.num_layers, spec.num_heads)
         return layout, stage_layers(spec.num_layers, layout.num_stages)
     except ValueError as error:
         raise ConfigError(f"the layout does not fit the model: {error}") from None
+
+
+def slots_of(config: OctavoConfig, spec: ModelSpec) -> Slots:
+    """Room for experts on each worker: what the config says, or what the largest stage needs.
+
+    ConfigError where the config says too little.
+    """
+    layout, stages = layout_of(config, spec)
+    num_layers = max(map(len, stages))
+    needed = primaries_per_worker(num_layers, spec.num_experts, layout.group_size)
+    primary = config.worker.primary_slots or needed
+    if primary < needed:
+        raise ConfigError(
+            f"`worker.primary_slots` = {primary} is too few: a stage of {num_layers} layers x {spec.num_experts}"
+            f" experts needs {needed} on each of its {layout.group_size} workers"
+        )
+    return Slots(primary, config.worker.standby_slots)
 
 
 def check(config: OctavoConfig) -> ModelSpec:
@@ -50,7 +68,7 @@ def check(config: OctavoConfig) -> ModelSpec:
     """
     folder = resolve(config.model, silent, fetch=False)
     spec = check_folder(folder)
-    layout_of(config, spec)
+    slots_of(config, spec)  # and with it the layout
     _check_step(config, spec)
     _check_tokenizer(folder)
     return spec
@@ -58,7 +76,7 @@ def check(config: OctavoConfig) -> ModelSpec:
 
 def _check_step(config: OctavoConfig, spec: ModelSpec) -> None:
     """A step's hidden states are one part of a message; so are rows for a worker's experts, `top_k` a token at most."""
-    num_rows = spec.top_k if config.layout.dp > 1 else 1
+    num_rows = spec.top_k if config.layout.dp * config.layout.tp > 1 else 1
     num_tokens, most = config.scheduler.max_step_tokens, MAX_PART_BYTES // (num_rows * spec.hidden_size * _ITEM_BYTES)
     if num_tokens > most:
         raise ConfigError(f"`scheduler.max_step_tokens` = {num_tokens} is too large: this model takes at most {most}")

@@ -8,6 +8,7 @@ import msgspec
 from serve_app.engine.core import EngineStats
 from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
 from serve_app.engine.request import Emission
+from serve_app.model.timing import Span
 
 MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 in fp32 are two thirds of it
 
@@ -81,6 +82,19 @@ class Phase(msgspec.Struct, frozen=True, array_like=True, tag="phase"):
     """What a cell that is not ready is waiting for, in words."""
 
     reason: str
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, tag="record"):
+    """To a worker: begin to record spans (`on`), or send to the router those of the recording."""
+
+    on: bool
+
+
+class Spans(msgspec.Struct, frozen=True, array_like=True, tag="spans"):
+    """What a worker did, span by span, while it recorded."""
+
+    name: str
+    spans: list[Span]
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
@@ -183,6 +197,8 @@ Message = (
     | Lost
     | Form
     | Phase
+    | Record
+    | Spans
     | Stop
     | Plan
     | StepDone

@@ -14,6 +14,7 @@ from serve_app.engine.plan import Plan, StepDone
 from serve_app.experts.placement import Pair
 from serve_app.model.batch import Batch
 from serve_app.model.sampling import sample
+from serve_app.model.timing import StepTimer
 from serve_app.runtime.dispatch import MeshExperts
 from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
 from serve_app.runtime.load import Loaded, resident_bytes
@@ -29,8 +30,10 @@ from serve_app.runtime.wire import (
     Joined,
     Leave,
     Member,
+    Record,
     Report,
     ShardPart,
+    Spans,
     Stop,
 )
 
@@ -52,6 +55,7 @@ class Worker:
         self._mesh = mesh
         self._loaded = loaded
         self._stage = loaded.stage
+        self._timer = loaded.stage.timer or StepTimer()
         self._epoch = 0
         self._experts: MeshExperts | None = None  # this and the next: of the epoch; None between epochs
         self._shards: MeshShards | None = None
@@ -82,7 +86,7 @@ class Worker:
     def _advance(self) -> None:
         plan = self._runnable()
         if plan is None:
-            self._pump(IDLE_S)
+            self._pump(IDLE_S, "idle")
         else:
             self._execute(plan)
             self._pump(0)
@@ -98,6 +102,12 @@ class Worker:
         return None
 
     def _execute(self, plan: Plan) -> None:
+        """Run a step and hand its outcome on."""
+        begun_s = time.perf_counter()
+        self._step(plan)
+        self._timer.span(f"step {plan.step}: {sum(len(part.tokens) for part in plan.slices)} tokens", begun_s)
+
+    def _step(self, plan: Plan) -> None:
         batch = Batch.from_plan(plan, self._stage.page_tokens, self._stage.device)
         assert self._experts is not None
         output = self._stage.forward(batch, self._hidden.pop(plan.step, None), self._experts, self._shards)
@@ -110,9 +120,12 @@ class Worker:
         tokens, logprobs = sample(output, [part.sample for part in plan.slices if part.sample])
         self._mesh.send(ENGINE, StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs))
 
-    def _pump(self, timeout_s: float) -> None:
+    def _pump(self, timeout_s: float, why: str = "wait") -> None:
         """Handle one incoming message, if one comes in time."""
+        begun_s = time.perf_counter()
         received = self._mesh.receive(timeout_s)
+        if timeout_s:
+            self._timer.span(why, begun_s)
         if received is None:
             return
         message, frame = received
@@ -124,6 +137,8 @@ class Worker:
                 raise _EpochEndedError
             case Leave(epoch):
                 self._leave(epoch)
+            case Record(on):
+                self._record(on)
             case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply() if self._is_stale(message.epoch):
                 log.debug("%s dropped a %s of epoch %d", self.name, type(message).__name__, message.epoch)
             case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply():
@@ -144,11 +159,20 @@ class Worker:
                 case ShardPart():
                     self._shards.accept(message, frame)
                 case ExpertCall():
+                    begun_s = time.perf_counter()
                     self._experts.serve(message, frame)
+                    self._timer.span(f"serve {message.sender}: layer {message.layer}", begun_s)
                 case ExpertReply():
                     self._experts.accept(message, frame)
         except (ValueError, KeyError) as error:
             log.warning("%s dropped a %s that does not fit: %s", self.name, type(message).__name__, error)
+
+    def _record(self, on: bool) -> None:
+        spans = self._timer.take_spans()
+        if on:
+            self._timer.spans = []
+        else:
+            self._mesh.send(ROUTER, Spans(self.name, spans))
 
     def _is_stale(self, epoch: int) -> bool:
         return self._experts is None or epoch != self._epoch

@@ -52,6 +52,8 @@ def run_to_its_end(command, timeout_s=120.0, **environment):
 class Server:
     """Use as a context: ready inside, gone after."""
 
+    end_signal = signal.SIGINT
+
     def __init__(self, folder, args, command=("octavo", "serve"), **environment):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -74,7 +76,7 @@ class Server:
 
     def __exit__(self, *exc):
         family = [self._process, *self.processes()]
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(self.end_signal)
         try:
             self._process.wait(END_S)
         finally:

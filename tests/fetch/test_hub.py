@@ -10,10 +10,16 @@ def test_a_folder_is_itself(tmp_path):
     assert resolve(str(tmp_path), silent) == tmp_path
 
 
-def test_a_missing_demo_says_how_to_get_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("model", ["demo", "reference"])
+def test_what_is_not_made_yet_says_how_to_get_it(monkeypatch, tmp_path, model):
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
-    with pytest.raises(FetchError, match="run `octavo fetch demo`"):
-        resolve("demo", silent, fetch=False)
+    with pytest.raises(FetchError, match=f"run `octavo fetch {model}`"):
+        resolve(model, silent, fetch=False)
+
+
+def test_only_what_we_made_can_be_verified(tmp_path):
+    with pytest.raises(FetchError, match="no hashes are known of"):
+        resolve(str(tmp_path), silent, verify=True)
 
 
 def test_the_cached_demo_is_found(demo_folder):

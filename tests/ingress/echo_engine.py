@@ -7,6 +7,7 @@ from serve_app.engine.core import EngineConfig, EngineCore
 from serve_app.engine.plan import Begin, Cancel, Emit, Run, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.ingress.client import EngineStatus, EngineUnavailableError
+from tests.views import make_view
 
 PAGE_TOKENS = 4
 END_TOKEN = 2  # <|im_end|> of the tiny tokenizer
@@ -34,6 +35,7 @@ class EchoEngine:
         self.running.set()
         self.hold_after = None  # clear `running` after so many steps, each time it is set
         self.broken = ""  # why there is no engine
+        self.view = make_view(1, 2, 2)  # what its router would say
         self.failing_after = None  # every answer ends with "error" after so many tokens
         self._babble = babble
         self._queues = {}
@@ -70,6 +72,11 @@ class EchoEngine:
         if self.broken:
             raise EngineUnavailableError(self.broken)
         return EngineStatus(live=True, ready=True, page_tokens=PAGE_TOKENS, stats=self.core.stats())
+
+    async def placement(self):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return self.view
 
     def assert_idle(self):
         self.core.check_integrity()

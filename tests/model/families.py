@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-FAMILIES = ("llama", "mixtral", "qwen3_moe", "olmoe")
+FAMILIES = ("llama", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "phimoe", "granitemoe")
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -30,11 +30,29 @@ ROPES = {
     },
 }
 
+# For heads of 16. The two mscales are phimoe's own; the others work their factor out from the lengths.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.02, 1.05, 1.1, 1.3, 1.5, 2.0, 2.8],
+    "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 9.0, 15.0],
+    "original_max_position_embeddings": 384,
+}
+PHI_LONGROPE = {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.24}
+
+GRANITE_SCALES = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+}
+
 # name -> (family, config overrides): the switches that change the arithmetic, each with a family that has it
 VARIANTS = {
     "llama": ("llama", {}),
     "llama-linear-bias": ("llama", {"rope_parameters": ROPES["linear"], "attention_bias": True}),
     "llama-llama3-tied": ("llama", {"rope_parameters": ROPES["llama3"], "tie_word_embeddings": True}),
+    "llama-longrope": ("llama", {"rope_parameters": LONGROPE}),
     "mixtral": ("mixtral", {}),
     "mixtral-yarn-tied": ("mixtral", {"rope_parameters": ROPES["yarn"], "tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
@@ -44,6 +62,24 @@ VARIANTS = {
     ),
     "olmoe": ("olmoe", {"norm_topk_prob": False}),
     "olmoe-clip-norm-topk": ("olmoe", {"clip_qkv": 0.5, "norm_topk_prob": True}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe-yarn-tied-norm-topk-no-bias": (
+        "qwen2_moe",
+        {"rope_parameters": ROPES["yarn"], "tie_word_embeddings": True, "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "phimoe-longrope-bias": (
+        "phimoe",
+        {"rope_parameters": PHI_LONGROPE, "attention_bias": True, "lm_head_bias": True},
+    ),
+    "phimoe-tied-wide-jitter": (
+        "phimoe",
+        {"tie_word_embeddings": True, "lm_head_bias": True, "router_jitter_noise": 0.3},
+    ),
+    "granitemoe": ("granitemoe", GRANITE_SCALES),
+    "granitemoe-llama3-tied-bias": (
+        "granitemoe",
+        {**GRANITE_SCALES, "rope_parameters": ROPES["llama3"], "tie_word_embeddings": True, "attention_bias": True},
+    ),
 }
 
 _COMMON = {
@@ -63,6 +99,14 @@ _OWN = {
     "mixtral": {"head_dim": 16, "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {"head_dim": 24, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
     "olmoe": {"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "phimoe": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
 
 

@@ -40,7 +40,24 @@ SPECS = {
     "qwen3_moe": MOE,
     "one-head": replace(MOE, num_heads=1, num_kv_heads=1, num_experts=5, top_k=3, hidden_size=200),
     "olmoe-nine-heads": replace(MOE, family="olmoe", num_heads=9, num_kv_heads=3, qk_norm="full", norm_topk=False),
-    "dense-bias": replace(MOE, family="llama", num_experts=1, top_k=1, qk_norm="none", attention_bias=True),
+    "dense-bias": replace(MOE, family="llama", num_experts=1, top_k=1, qk_norm="none", qkv_bias=True, output_bias=True),
+    # all that the families after the first four brought, in one model of no family
+    "new": replace(
+        MOE,
+        family="qwen2_moe",
+        hidden_size=200,
+        qk_norm="none",
+        qkv_bias=True,
+        output_bias=True,
+        head_bias=True,
+        norm="layer",
+        mixer_jitter=0.3,
+        shared_size=80,
+        attention_scale=0.1,
+        embedding_scale=12.0,
+        residual_scale=0.22,
+        logits_divisor=6.0,
+    ),
 }
 
 

@@ -21,6 +21,12 @@ def mixtral(tmp_path):
 
 
 @pytest.fixture
+def granite(tmp_path):
+    make_tiny("granitemoe", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def sharded(tmp_path):
     make_tiny("qwen3_moe", tmp_path).save_pretrained(tmp_path, max_shard_size="200KB")
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
@@ -43,10 +49,10 @@ def test_every_tensor_that_transformers_writes_has_a_canonical_name(variant, tmp
     written = load_file(tmp_path / "model.safetensors")
     expected = expected_tensors(checkpoint.spec)
     assert {tensor.hf_name for tensor in expected.values()} == set(written)
-    for name, (hf_name, shape) in expected.items():
+    for name, (hf_name, shape, cut, _) in expected.items():
         tensor = checkpoint.tensor(name)
         assert tensor.shape == shape
-        assert torch.equal(tensor, written[hf_name])
+        assert torch.equal(tensor, written[hf_name][cut.expert, cut.begin : cut.end] if cut else written[hf_name])
 
 
 def test_experts_are_told_apart(mixtral):
@@ -57,6 +63,16 @@ def test_experts_are_told_apart(mixtral):
     assert torch.equal(checkpoint.tensor("layers.2.experts.5.up"), written[f"{prefix}.experts.5.w3.weight"])
     assert torch.equal(checkpoint.tensor("layers.2.experts.5.down"), written[f"{prefix}.experts.5.w2.weight"])
     assert torch.equal(checkpoint.tensor("layers.2.gate"), written[f"{prefix}.gate.weight"])
+
+
+def test_packed_experts_are_taken_apart_without_reading_the_others(granite):
+    checkpoint = Checkpoint.open(granite)
+    packed = load_file(granite / "model.safetensors")["model.layers.2.block_sparse_moe.input_linear.weight"]
+    gate, up = (checkpoint.tensor(f"layers.2.experts.5.{part}") for part in ("gate", "up"))
+    assert torch.equal(torch.cat([gate, up]), packed[5])
+    first = checkpoint.tensor("layers.2.experts.0.gate")
+    assert gate.data_ptr() - first.data_ptr() == 5 * packed[0].nbytes  # where it lies in the mapped file
+    assert up.data_ptr() - gate.data_ptr() == gate.nbytes
 
 
 def test_shards_are_read_as_one(sharded):
@@ -131,6 +147,14 @@ def test_a_wrong_shape_is_named_with_both_shapes(mixtral):
     config = json.loads((mixtral / "config.json").read_text()) | {"intermediate_size": 50}
     (mixtral / "config.json").write_text(json.dumps(config))
     refuses(mixtral, r"experts\.0\.w1\.weight in .* has shape \[48, 64\] where config\.json asks for \[50, 64\]")
+
+
+def test_a_wrong_shape_of_packed_experts_is_named_as_the_file_has_it(granite):
+    config = json.loads((granite / "config.json").read_text()) | {"num_local_experts": 7}
+    (granite / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+    rewrite(granite, lambda tensors: tensors.update({key: tensors[key][:7] for key in tensors if "router" in key}))
+    refuses(granite, rf"{name} in .* has shape \[8, 96, 64\] where config\.json asks for \[7, 96, 64\]")
 
 
 def test_an_unsupported_dtype_is_named(mixtral):

@@ -32,7 +32,8 @@ def demo(demo_folder):
 
 
 def prompt_of(seed, num_tokens, vocab_size):
-    return [random.Random(seed).randrange(vocab_size) for _ in range(num_tokens)]
+    draw = random.Random(seed)
+    return [draw.randrange(vocab_size) for _ in range(num_tokens)]
 
 
 def test_upcycled_logits_equal_the_dense_model_s(demo):

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from serve_app.model.layers import Linear
-from serve_app.model.moe import ExpertHost, LocalExperts, combine, group_by_expert, route
+from serve_app.model.moe import ExpertHost, LocalExperts, SharedExpert, combine, group_by_expert, route
 from serve_app.model.random_weights import random_checkpoint
 from tests.model.driver import CPU
 from tests.model.test_bitwise import MOE
@@ -34,6 +35,39 @@ def test_between_equal_experts_the_lower_id_wins():
     spec = replace(MOE, num_experts=64, top_k=5)
     ids, _ = route(torch.ones(3, 8), gate_of(torch.zeros(64, 8)), spec)
     assert ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3, 2.0])
+def test_sparse_mixer_routes_as_transformers_does(jitter):
+    spec = replace(MOE, num_experts=8, top_k=2, norm_topk=False, mixer_jitter=jitter)
+    scores = torch.randn(500, 8, generator=torch.Generator().manual_seed(3))
+    scores[::3] -= 4.0  # all negative
+    scores[::5, 2] = scores[::5, 6]  # equals
+    scores[7] = 0.0
+    ids, weights = route(scores, gate_of(torch.eye(8)), spec)
+    expected_weights, expected_ids = sparsemixer(scores, jitter, training=False)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
+
+
+def test_a_row_is_routed_the_same_whatever_the_batch():
+    for spec in (MOE, replace(MOE, mixer_jitter=0.1)):
+        gate = Linear(torch.randn(8, 192, generator=torch.Generator().manual_seed(4)), None, torch.bfloat16, CPU)
+        x = torch.randn(70, 192, generator=torch.Generator().manual_seed(5)).bfloat16()
+        ids, weights = route(x, gate, spec)
+        for begin, end in ((0, 1), (3, 20), (69, 70), (11, 70)):
+            own_ids, own_weights = route(x[begin:end], gate, spec)
+            assert torch.equal(own_ids, ids[begin:end])
+            assert torch.equal(own_weights, weights[begin:end])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_the_shared_expert_is_gated_token_by_token(num_tokens):
+    weights = random_checkpoint(replace(MOE, family="qwen2_moe", qk_norm="none", shared_size=80), 33)
+    x = torch.randn(num_tokens, MOE.hidden_size, generator=torch.Generator().manual_seed(33))
+    gate, up, down = (weights.tensor(f"layers.1.shared.{part}") for part in ("gate", "up", "down"))
+    expected = (x @ weights.tensor("layers.1.shared_gate").T).sigmoid() * ((F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    torch.testing.assert_close(SharedExpert(weights, 1, torch.float32, CPU)(x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_dense_model_sends_everything_to_its_only_expert():

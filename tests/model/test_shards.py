@@ -46,7 +46,7 @@ def test_in_fp32_any_number_of_shards_gives_the_logits_of_one(name, num_shards):
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="the promise is for CPUs that multiply bf16 natively")
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe-nine-heads", "dense-bias"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe-nine-heads", "dense-bias", "new"])
 def test_in_bf16_the_same_shards_give_the_same_bits_alone_and_in_a_batch(name):
     spec = ALL[name]
     weights = random_checkpoint(spec, seed=4)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from serve_app.model.checkpoint import Checkpoint
+from serve_app.model.layers import Linear
+from serve_app.model.stage import _sharpen
 from tests.model.driver import Driver
 from tests.model.families import VARIANTS, make_tiny
 
@@ -22,7 +24,8 @@ def tiny(request, tmp_path_factory):
 
 
 def tokens_of(seed, num_tokens, vocab_size=512):
-    return [random.Random(seed).randrange(3, vocab_size) for _ in range(num_tokens)]
+    draw = random.Random(seed)
+    return [draw.randrange(3, vocab_size) for _ in range(num_tokens)]
 
 
 @torch.no_grad()
@@ -74,6 +77,16 @@ def test_chunks_and_decodes_of_many_sequences_share_a_step(tiny):
             torch.testing.assert_close(driver.step(parts), torch.stack(rows), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("num_shards", [2, 3])
+def test_shards_give_the_logits_of_transformers(tiny, num_shards):
+    model, weights = tiny
+    chunks = (1, 70, 1, 1, 60)
+    tokens = tokens_of(7, sum(chunks))
+    ends = torch.tensor(chunks).cumsum(0) - 1
+    ours = Driver(weights, num_shards=num_shards, num_stages=2).rows(tokens, chunks)
+    torch.testing.assert_close(ours, oracle(model, tokens)[ends], atol=TOLERANCE, rtol=0)
+
+
 def test_64_greedy_tokens_are_those_of_transformers(tiny):
     model, weights = tiny
     tokens = tokens_of(5, 90)
@@ -85,6 +98,18 @@ def test_64_greedy_tokens_are_those_of_transformers(tiny):
     while len(ours) < 64:
         ours.append(int(driver.step([(sequence, ours[-1:])])[0].argmax()))
     assert ours == expected[0, 90:].tolist()
+
+
+def test_a_heads_bias_counts_where_first_places_are_tied():
+    """Logits near 25 are 0.125 apart in bf16: the choice between them is made in fp32, with the bias in it."""
+    generator = torch.Generator().manual_seed(8)
+    weight = (torch.randn(2000, 64, generator=generator) * 0.1).bfloat16()
+    bias = (torch.randn(2000, generator=generator) * 0.2 + 25).bfloat16()
+    x = torch.randn(400, 64, generator=generator).bfloat16()
+    rounded = Linear(weight, bias, torch.bfloat16, torch.device("cpu"))(x)
+    exact = x.float() @ weight.float().T + bias.float()
+    assert (rounded.argmax(-1) != exact.argmax(-1)).sum() > 20
+    assert torch.equal(_sharpen(rounded, x, weight, bias).argmax(-1), exact.argmax(-1))
 
 
 def test_running_a_step_again_changes_nothing(tiny):

@@ -1,0 +1,92 @@
+"""The resources of a cell in Ray's hands: one placement group for each TP group, one bundle in it for each worker.
+
+A TP group exchanges the most, so with GPUs it stays on one node, whose links are the fast ones. Ray finds a new place
+for what a dead node held; groups that somebody removed are asked for again. All go when the engine's process ends.
+"""
+
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from serve_app.cluster.resources import Demand, Held, Node, bundle_of, shortage
+from serve_app.config import WorkerConfig
+from serve_app.experts.layout import Layout, Seat
+
+_Key = tuple[int, int]  # stage, replica
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the seats are: `nodes` by Ray's id, of the seats whose whole group has its place."""
+
+    demand: Demand
+    nodes: dict[Seat, str]
+    held: Held
+
+    @property
+    def are_complete(self) -> bool:
+        return self.held.num_groups == self.demand.num_groups
+
+    def shortage(self, waited_s: float) -> str:
+        """What the others wait for."""
+        return shortage(self.demand, self.held, _living_nodes(), waited_s)
+
+
+class Groups:
+    """The placement groups of one layout. Nothing is reserved before the first `look`."""
+
+    def __init__(self, layout: Layout, wants: WorkerConfig) -> None:
+        self._keys = sorted({(seat.stage, seat.replica) for seat in layout.seats()})
+        self._demand = Demand(
+            num_groups=len(self._keys),
+            group_workers=layout.num_shards,
+            bundle=bundle_of(wants.num_cpus, wants.num_gpus),
+            on_one_node=wants.num_gpus > 0 and layout.num_shards > 1,
+        )
+        self._groups: dict[_Key, PlacementGroup] = {}
+
+    def look(self) -> Places:
+        """Ask for the groups that are not there, and see what those that are have got. Does not wait."""
+        nodes: dict[Seat, str] = {}
+        num_placed = num_held = 0
+        for key in self._keys:
+            state, places = self._see(key)
+            num_held += sum(place != "" for place in places)
+            if state == "CREATED":
+                num_placed += 1
+                nodes |= {Seat(*key, shard): place for shard, place in enumerate(places)}
+        return Places(self._demand, nodes, Held(num_placed, num_held))
+
+    def bundle(self, seat: Seat) -> PlacementGroupSchedulingStrategy:
+        """For the options of the seat's actor. The seat must have its place."""
+        return PlacementGroupSchedulingStrategy(self._groups[seat.stage, seat.replica], seat.shard)
+
+    def remove(self) -> None:
+        """Give all back. Ray ends the workers in them."""
+        while self._groups:
+            _, group = self._groups.popitem()
+            ray.util.remove_placement_group(group)
+
+    def _see(self, key: _Key) -> tuple[str, list[str]]:
+        """Ray's word for the group's state, and the node of each of its bundles: "" where it has none."""
+        if key not in self._groups:
+            self._groups[key] = self._reserve()
+        table = ray.util.placement_group_table(self._groups[key])
+        if not table or table["state"] == "REMOVED":
+            self._groups.pop(key, None)  # the next look asks anew
+            return "REMOVED", []
+        places = table["bundles_to_node_id"]
+        return table["state"], [places[shard] for shard in sorted(places)]
+
+    def _reserve(self) -> PlacementGroup:
+        bundles = [dict(self._demand.bundle) for _ in range(self._demand.group_workers)]
+        group: PlacementGroup = ray.util.placement_group(bundles, "STRICT_PACK" if self._demand.on_one_node else "PACK")
+        return group
+
+
+def _living_nodes() -> list[Node]:
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]

@@ -1,0 +1,60 @@
+"""`GET /admin/placement` says what the router knows, or why it is not known."""
+
+import asyncio
+import json
+
+import msgspec
+import pytest
+
+from serve_app.ingress.door import Limits
+from serve_app.runtime.snapshot import CellView
+from tests.ingress.conftest import open_world
+from tests.test_cli import ENVIRONMENT, LIMIT_S, OCTAVO
+from tests.views import make_view
+
+pytestmark = pytest.mark.anyio
+
+PATH = "/admin/placement"
+
+
+async def test_the_view_comes_as_the_router_made_it(world):
+    world.engine.view = make_view(4, 4, 2, empty={(2, 5)})
+    response = await world.client.get(PATH)
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    assert msgspec.json.decode(response.content, type=CellView) == world.engine.view
+
+
+async def test_without_a_router_the_reason_is_given(world):
+    world.engine.broken = "there is no router yet"
+    response = await world.client.get(PATH)
+    assert response.status_code == 503
+    assert response.json() == {"status": "unavailable", "reason": "there is no router yet"}
+
+
+async def test_a_router_that_does_not_answer_is_not_waited_for(tokenizer, monkeypatch):
+    async with open_world(tokenizer, Limits(max_placement_wait_s=0.01)) as world:
+        monkeypatch.setattr(world.engine, "placement", asyncio.Event().wait)
+        response = await world.client.get(PATH)
+    assert response.status_code == 503
+    assert response.json()["reason"] == "neither the engine nor its router has answered within 0.01 s"
+
+
+async def test_openapi_describes_the_view(world):
+    document = (await world.client.get("/openapi.json")).json()
+    responses = document["paths"][PATH]["get"]["responses"]
+    assert "503" in responses
+    schema = responses["200"]["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/CellView"}
+    for name in ("CellView", "StageView", "WorkerView"):
+        assert document["components"]["schemas"][name]["properties"]
+
+
+async def test_the_command_draws_what_the_server_says(world, server):
+    url = "http://{}:{}".format(*server)
+    command = [OCTAVO, "status", "--url", url, "--json"]
+    process = await asyncio.create_subprocess_exec(*command, env=ENVIRONMENT, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await asyncio.wait_for(process.communicate(), LIMIT_S)
+    assert process.returncode == 0
+    said = json.loads(printed)
+    assert msgspec.convert(said["placement"], CellView) == world.engine.view
+    assert said["health"] == (await world.client.get("/health")).json()
