@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -19,8 +20,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from serve_app.status import figures
+from serve_app.status.ask import StatusError
 from serve_app.status.draw import draw
 from serve_app.status.heat import heat_bar
+from serve_app.status.show import show
 from tests.test_cli import ENVIRONMENT, LIMIT_S, OCTAVO, assert_refused, octavo
 from tests.views import MIB, make_health, make_view
 
@@ -252,15 +255,22 @@ def test_json_is_what_the_server_says():
 )
 def test_a_server_without_a_cell_to_show_is_one_sentence(replies, words):
     with serving(replies) as url:
-        assert_refused(words, "status", "--url", url)
+        assert_nothing_to_show(url, words)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[", "127.0.0.1:8000", ""])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[", "http://\ud800", "127.0.0.1:8000", ""])
 def test_a_server_that_is_not_there_is_one_sentence(url):
-    assert_refused(f"{url} does not answer", "status", "--url", url)
+    assert_nothing_to_show(url, f"{url} ")
 
 
-def test_a_watch_needs_a_terminal():
+def assert_nothing_to_show(url, words):
+    with pytest.raises(StatusError, match=re.escape(words)) as caught:
+        show(url, experts=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_ends_with_one_sentence_and_status_1():
+    assert_refused("http://127.0.0.1:1 does not answer", "status", "--url", "http://127.0.0.1:1")
     assert_refused("--watch redraws a terminal", "status", "--watch")
     assert_refused("leave --watch", "status", "--watch", "--json")
 
@@ -268,29 +278,34 @@ def test_a_watch_needs_a_terminal():
 def test_a_watch_goes_on_without_an_answer_until_ctrl_c_and_ends_quietly():
     replies = encode(make_health(), make_view(1, 2, 2))
     master, slave = pty.openpty()
+    environment = ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "200", "LINES": "40"}
     with serving(replies) as url:
         command = [OCTAVO, "status", "--watch", "--url", url]
-        environment = ENVIRONMENT | {"TERM": "xterm", "LINES": "40"}
-        with subprocess.Popen(command, env=environment, stdout=slave, stderr=subprocess.PIPE) as process:
-            os.close(slave)
+        process = subprocess.Popen(command, env=environment, stdout=slave, stderr=subprocess.PIPE)
+        os.close(slave)
+        try:
             read_until(master, b"layers 4-7")
             replies["/admin/placement"] = REFUSAL
-            assert b"layers 4-7" in read_until(master, b"there is no router yet.*layers 4-7")
+            read_until(master, b"there is no router yet.*layers 4-7")
             replies.update(encode(make_health(ready=False, reason="a new epoch"), make_view(1, 2, 2)))
             read_until(master, b"not ready.*a new epoch")
             process.send_signal(signal.SIGINT)
             read_until(master, None)
-            complaint = process.stderr.read()
-            assert (process.wait(LIMIT_S), complaint) == (0, b"")
-    os.close(master)
+            process.wait(LIMIT_S)
+        finally:
+            process.kill()
+            _, complaint = process.communicate()
+            os.close(master)
+    assert (process.returncode, complaint) == (0, b"")
 
 
 def read_until(terminal, pattern):
     """What is printed until `pattern` has been; until the end if None."""
-    seen = b""
+    seen, deadline_s = b"", time.monotonic() + LIMIT_S
     while pattern is None or not re.search(pattern, seen, re.DOTALL):
+        assert time.monotonic() < deadline_s, f"no {pattern} within {LIMIT_S} s: {seen[-4000:]}"
         try:
-            seen += os.read(terminal, 1 << 16)
+            seen += os.read(terminal, 1 << 16)  # a watch prints something each second
         except OSError:  # Linux says so when the other side is closed
             assert pattern is None, f"ended before {pattern}: {seen}"
             break
