@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from serve_app.bench.measure import Advance, BenchError, Figures, Trace, Workload, figures
-from serve_app.bench.settings import WARM_UP, bench_config, requests_of
+from serve_app.bench.settings import WARM_UP, bench_config, check_context, requests_of
 from serve_app.bench.trace import write_trace
 from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineCore
@@ -50,6 +50,7 @@ class CellBench:
     def __init__(self, model: str, layout: dict[str, int], threads: int, workloads: Sequence[Workload]) -> None:
         self._config = bench_config(model, layout, threads, workloads)
         self._spec = check(self._config)
+        check_context(self._spec, workloads)
         self._stack = ExitStack()
         self._processes: dict[str, BaseProcess] = {}
 

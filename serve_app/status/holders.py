@@ -6,9 +6,9 @@ from rich.text import Text
 
 from serve_app.runtime.snapshot import CellView, StageView, WorkerView
 from serve_app.status.figures import count, held, plain
+from serve_app.status.grid import GAP
 
 NODE_CHARS = 8  # of Ray's 56: enough to tell nodes apart
-GAP = (0, 2, 0, 0)
 
 
 def holders(view: CellView) -> Group:
@@ -26,7 +26,7 @@ def _legend(view: CellView) -> Text:
 
 
 def _table(stage: StageView, name_width: int, show_nodes: bool) -> Table:
-    table = Table(box=None, padding=GAP, pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
     table.add_column(f"stage {stage.stage}", min_width=name_width, no_wrap=True)
     if show_nodes:
         table.add_column("node", no_wrap=True)

@@ -48,7 +48,8 @@ def _look(client: httpx.Client, url: str, last: RenderableType, experts: bool) -
     try:
         answer = ask(client, url)
     except StatusError as error:
-        return Text(f"{now} {error}; below, if anything, is the last that was known", "bold red"), last
+        rest = "; below is the last that was known" if last else ""
+        return Text(f"{now} {error}{rest}", "bold red"), last
     return Text(f"{now}, each second until Ctrl-C", "dim"), _picture(answer, experts)
 
 

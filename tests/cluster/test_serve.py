@@ -5,6 +5,7 @@ import json
 import signal
 
 import httpx
+import msgspec
 import pytest
 
 from serve_app.config import OctavoConfig
@@ -12,6 +13,7 @@ from serve_app.engine.request import Request, SamplingParams
 from serve_app.model.checkpoint import Checkpoint
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.runtime.local import LocalEngine
+from serve_app.runtime.snapshot import CellView
 from tests.cluster.prompts import QUESTIONS
 from tests.cluster.server import Server
 from tests.runtime.cell import collect_local
@@ -57,6 +59,15 @@ def test_the_first_request_of_the_readme_is_answered(server):
     answer = server.generate(body_of("What is the capital of France?", max_new_tokens=40))
     assert answer.status_code == 200
     assert "Paris" in answer.json()["text"]
+
+
+def test_the_placement_page_says_who_holds_every_expert(server):
+    view = msgspec.json.decode(server.get("/admin/placement").content, type=CellView)
+    assert (view.epoch, view.tp, view.pp, view.dp) == (1, 1, 2, 2)
+    for stage in view.stages:
+        assert all(worker.name and worker.node for worker in stage.workers)
+        held = sorted(pair for worker in stage.workers for pair in worker.primary)
+        assert held == [(layer, expert) for layer in range(stage.first_layer, stage.end_layer) for expert in range(8)]
 
 
 def ask_all(server, **sampling):
