@@ -18,6 +18,9 @@ class LayoutConfig(_Section):
 
     tp: Count = Field(1, description="shards: attention heads and the vocabulary are cut into this many")
     pp: Count = Field(1, description="pipeline stages: consecutive layers are cut into this many")
+    stage_layers: list[Count] | None = Field(
+        None, description="layers of each stage, first to last; default: as even as can be"
+    )
     dp: Count = Field(1, description="replicas of the attention weights, each with its own KV cache")
 
 

@@ -1,7 +1,8 @@
 """Who sits where: stages (PP) x replicas (DP) x shards (TP), which layers a stage holds, and which heads a shard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from typing import NamedTuple
 
 
@@ -50,6 +51,14 @@ class Layout:
         stage_layers(num_layers, self.num_stages)
         if self.num_shards > num_heads:
             raise ValueError(f"num_shards={self.num_shards} must not exceed the model's {num_heads} attention heads.")
+
+
+def cut_at(num_layers: int, counts: Sequence[int]) -> list[range]:
+    """Stages of these numbers of layers. Raises ValueError where they are not the model's, or one has none."""
+    if sum(counts) != num_layers or min(counts) < 1:
+        raise ValueError(f"stages of {list(counts)} layers do not make up the model's {num_layers}, each at least 1.")
+    ends = list(accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def cut(num: int, num_parts: int, part: int) -> range:

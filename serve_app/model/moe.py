@@ -144,6 +144,9 @@ class ExpertHost:
         self._down[layer, expert] = Linear(weights.tensor(f"{name}.down"), None, self.dtype, self.device)
         self._stacks.pop(layer, None)
 
+    def holds(self, layer: int, expert: int) -> bool:
+        return (layer, expert) in self._gate_up
+
     def drop(self, layer: int, expert: int) -> None:
         """Free one expert's weights. Raises KeyError where it is not held."""
         del self._gate_up[layer, expert], self._down[layer, expert]

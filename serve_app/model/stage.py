@@ -205,10 +205,11 @@ def _sharpen(logits_RV: Tensor, x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor 
     """
     if logits_RV.dtype == torch.float32:
         return logits_RV
-    logits_RV = logits_RV.float()
-    is_top_RV = logits_RV == logits_RV.amax(-1, keepdim=True)
-    is_top_RV &= is_top_RV.sum(-1, keepdim=True) <= MAX_TIED
-    rows_C, ids_C = is_top_RV.nonzero(as_tuple=True)
+    top_RM, ids_RM = logits_RV.topk(min(MAX_TIED + 1, logits_RV.shape[1]))
+    is_tied_RM = (top_RM == top_RM[:, :1]) & (top_RM[:, -1:] != top_RM[:, :1])
+    rows_C, places_C = is_tied_RM.nonzero(as_tuple=True)
+    ids_C = ids_RM[rows_C, places_C]
     tied_C = (x_RD[rows_C].float() * weight_VD[ids_C].float()).sum(-1)
+    logits_RV = logits_RV.float()
     logits_RV[rows_C, ids_C] = tied_C if bias_V is None else tied_C + bias_V[ids_C].float()
     return logits_RV

@@ -7,15 +7,17 @@ runs over gloo, which is how it is tested where there is no GPU.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed's own, which has no types
 
 from serve_app.model.shards import Shape
+from serve_app.runtime.dispatch import Pump
 
 WAIT_LIMIT_S = 60.0  # for the peers; the death of one ends the epoch, and with it the wait, much sooner
 JOIN_LIMIT_S = 60.0  # for the peers to build their end of the group
@@ -23,10 +25,10 @@ JOIN_LIMIT_S = 60.0  # for the peers to build their end of the group
 Backend = Literal["nccl", "gloo"]
 
 
-def open_store(host: str) -> tuple[dist.TCPStore, str]:
+def open_store(host: str) -> tuple[TCPStore, str]:
     """The store by which the groups of a TP group's epochs find together, and its address. Its shard 0 keeps it."""
     limit = timedelta(seconds=JOIN_LIMIT_S)
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
     return store, f"{host}:{store.port}"
 
 
@@ -41,9 +43,9 @@ class CollectiveShards:
         num: int,
         store: str,
         backend: Backend,
-        pump: Callable[[float], None],
+        pump: Pump,
     ) -> None:
-        """`store`: the address of shard 0's. `pump(timeout_s)` handles one incoming message.
+        """`store`: the address of shard 0's.
 
         Blocks until the other shards build theirs; RuntimeError where they do not within JOIN_LIMIT_S.
         """
@@ -51,8 +53,8 @@ class CollectiveShards:
         self._epoch, self._pump = epoch, pump
         host, port = store.rsplit(":", 1)
         limit = timedelta(seconds=JOIN_LIMIT_S)
-        base = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
-        self._group = _build(backend, dist.PrefixStore(f"epoch {epoch}", base), index, num)
+        base = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
+        self._group = _build(backend, PrefixStore(f"epoch {epoch}", base), index, num)
 
     def exchange(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """One all-to-all of bytes. It is polled, not waited for: a peer may need our experts before it can come.
@@ -68,12 +70,11 @@ class CollectiveShards:
         deadline = time.monotonic() + WAIT_LIMIT_S
         while not work.is_completed():
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"shard {self.index} waited {WAIT_LIMIT_S:.0f} s for the other {self.num - 1} in epoch {self._epoch}"
-                )
+                others = f"the other {self.num - 1} in epoch {self._epoch}"
+                raise TimeoutError(f"shard {self.index} waited {WAIT_LIMIT_S:.0f} s for {others}")
             self._pump(0)
         work.wait()
-        chunks = taken.split(sizes)
+        chunks = torch.split(taken, sizes)
         return [chunk.view(dtype).view(shape) for chunk, shape in zip(chunks, shapes, strict=True)]
 
     def leave(self) -> None:
@@ -82,7 +83,7 @@ class CollectiveShards:
             self._group.abort()
 
 
-def _build(backend: Backend, store: dist.Store, index: int, num: int) -> Any:
+def _build(backend: Backend, store: PrefixStore, index: int, num: int) -> Any:
     limit = timedelta(seconds=JOIN_LIMIT_S)
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()

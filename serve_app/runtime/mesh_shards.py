@@ -1,12 +1,13 @@
 """Shards that are worker processes, over the ZeroMQ mesh: the transport of a CPU cell."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from serve_app.model.shards import Shape
+from serve_app.runtime.dispatch import Pump
 from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.wire import ShardPart
@@ -25,9 +26,9 @@ class MeshShards:
         peers: list[str],
         index: int,
         device: torch.device,
-        pump: Callable[[float], None],
+        pump: Pump,
     ) -> None:
-        """`peers`: names by shard, this one among them. `pump(timeout_s)` handles one incoming message."""
+        """`peers`: names by shard, this one among them."""
         self.index, self.num = index, len(peers)
         self._mesh, self._epoch, self._peers, self._device, self._pump = mesh, epoch, peers, device, pump
         self._round = 0  # exchanges so far: the same on all shards, for all run the same steps in the same order

@@ -5,7 +5,7 @@ from pathlib import Path
 from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineConfig
 from serve_app.errors import CheckpointError, ConfigError
-from serve_app.experts.layout import Layout, stage_layers
+from serve_app.experts.layout import Layout, cut_at, stage_layers
 from serve_app.experts.placement import Slots, primaries_per_worker
 from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import silent
@@ -39,7 +39,12 @@ def layout_of(config: OctavoConfig, spec: ModelSpec) -> tuple[Layout, list[range
     try:
         layout = Layout(config.layout.pp, config.layout.dp, config.layout.tp)
         layout.check_model(spec.num_layers, spec.num_heads)
-        return layout, stage_layers(spec.num_layers, layout.num_stages)
+        if config.layout.stage_layers is None:
+            return layout, stage_layers(spec.num_layers, layout.num_stages)
+        if len(config.layout.stage_layers) != layout.num_stages:
+            given = len(config.layout.stage_layers)
+            raise ValueError(f"`layout.stage_layers` names {given} stages, `layout.pp` {layout.num_stages}.")
+        return layout, cut_at(spec.num_layers, config.layout.stage_layers)
     except ValueError as error:
         raise ConfigError(f"the layout does not fit the model: {error}") from None
 

@@ -55,7 +55,7 @@ class Worker:
         self._mesh = mesh
         self._loaded = loaded
         self._stage = loaded.stage
-        self._timer = loaded.stage.timer or StepTimer()
+        self._timer = loaded.stage.timer = StepTimer()
         self._epoch = 0
         self._experts: MeshExperts | None = None  # this and the next: of the epoch; None between epochs
         self._shards: MeshShards | None = None
@@ -120,14 +120,14 @@ class Worker:
         tokens, logprobs = sample(output, [part.sample for part in plan.slices if part.sample])
         self._mesh.send(ENGINE, StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs))
 
-    def _pump(self, timeout_s: float, why: str = "wait") -> None:
-        """Handle one incoming message, if one comes in time."""
+    def _pump(self, timeout_s: float, why: str = "wait") -> bool:
+        """Handle one incoming message; False if none comes in time."""
         begun_s = time.perf_counter()
         received = self._mesh.receive(timeout_s)
         if timeout_s:
             self._timer.span(why, begun_s)
         if received is None:
-            return
+            return False
         message, frame = received
         match message:
             case Join():
@@ -145,6 +145,7 @@ class Worker:
                 self._take(message, frame)
             case _:
                 log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
+        return True
 
     def _take(self, message: Plan | Hidden | ShardPart | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
         """A part of a step of this epoch. What does not fit is dropped: it cannot have come from a member."""

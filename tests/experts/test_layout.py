@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.experts.layout import HeadCut, Layout, Seat, cut, cut_heads, stage_layers
+from serve_app.experts.layout import HeadCut, Layout, Seat, cut, cut_at, cut_heads, stage_layers
 
 sizes = st.integers(1, 9)
 
@@ -102,3 +102,10 @@ def test_heads_that_divide_are_not_padded_and_kv_heads_are_replicated_where_shar
 def test_nine_heads_over_two_shards_are_padded():
     assert cut_heads(9, 3, 2, 0) == HeadCut((0, 1, 2, 3, None, None), range(2), range(2))
     assert cut_heads(9, 3, 2, 1) == HeadCut((4, 5, None, 6, 7, 8), range(1, 3), range(2, 3))
+
+
+def test_stages_may_be_cut_by_hand():
+    assert cut_at(16, [9, 7]) == [range(9), range(9, 16)]
+    for counts in ([8, 9], [16, 0], [-1, 17]):
+        with pytest.raises(ValueError, match="do not make up the model's 16"):
+            cut_at(16, counts)

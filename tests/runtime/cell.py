@@ -6,13 +6,12 @@ from contextlib import ExitStack
 
 from serve_app.engine.core import EngineCore
 from serve_app.engine.plan import Cancel, Submit
-from serve_app.experts.layout import Layout, stage_layers
 from serve_app.runtime.engine_loop import EngineLoop
 from serve_app.runtime.load import load
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.router import Registry
-from serve_app.runtime.settings import engine_config, slots_of
+from serve_app.runtime.settings import engine_config, layout_of, slots_of
 from serve_app.runtime.wire import Attach, Form, From, Lost, Status, Stop, Tokens
 from serve_app.runtime.worker import Worker
 
@@ -25,8 +24,7 @@ class ThreadedCell:
     def __init__(self, weights, config, registry=None):
         self.config, self.weights = config, weights
         spec = weights.spec
-        self.layout = Layout(config.layout.pp, config.layout.dp, config.layout.tp)
-        self.stages = stage_layers(spec.num_layers, config.layout.pp)
+        self.layout, self.stages = layout_of(config, spec)
         self.registry = registry or Registry(self.layout, self.stages, spec.num_experts, slots_of(config, spec))
         self.core = EngineCore(engine_config(config, spec, config.layout.pp))
         self.epoch = 0

@@ -141,5 +141,3 @@ def test_nccl_gives_each_shard_what_each_gave_it():
         return [one.tolist() for one in given]
 
     assert run_shards("nccl", 2, swap) == [[[0, 0], [1, 1]]] * 2
-
-
