@@ -20,6 +20,9 @@ from serve_app.engine.request import Emission
 from serve_app.engine.sequence import Sequence
 
 
+MIN_CHUNK_TOKENS = 128  # a smaller chunk reads the weights for too few tokens
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What bounds the engine. Raises ValueError for a bound below one."""
 
@@ -176,11 +179,19 @@ class Scheduler:
 
     def _issue_chunk(self, seq: Sequence, budget: int, slices: list[Slice], parts: list[_Part]) -> int:
         left = len(seq.tokens) - seq.num_sent
-        num_tokens = min(budget, left)
+        num_tokens = min(budget, left, self._longest_chunk(seq))
         if num_tokens == left:
             del self._prefilling[seq.rid]
         self._issue(seq, num_tokens, slices, parts)
         return num_tokens
+
+    def _longest_chunk(self, seq: Sequence) -> int:
+        """Tokens of `seq` in one step, at most. A prompt is cut into a chunk for each stage, so that all work on it.
+
+        Its first token then comes after (2 PP - 1) / PP of one stage's work on the whole prompt, and not after PP.
+        """
+        num_stages = self._config.num_stages
+        return max(MIN_CHUNK_TOKENS, -(-len(seq.tokens) // num_stages)) if num_stages > 1 else len(seq.tokens)
 
     def _issue(self, seq: Sequence, num_tokens: int, slices: list[Slice], parts: list[_Part]) -> None:
         start, end = seq.num_sent, seq.num_sent + num_tokens

@@ -199,8 +199,8 @@ class EngineLoop:
         self.epoch = form.epoch
         self._sent_s.clear()
         self._ready, self.reason = True, "ready"
-        self._tell()
         self._on(Begin(self.epoch, num_replicas, num_pages))
+        self._tell()
         log.info("%s", self._account(num_pages))
 
     def _lose(self, name: str, why: str) -> None:

@@ -42,6 +42,24 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_stages():
     assert in_flight(cluster) == [[(0, 16)], [(16, 16)], [(32, 8)]]
 
 
+def test_every_stage_gets_a_chunk_of_a_prompt_that_would_fit_one_step():
+    roomy = {"num_pages": 256, "max_step_tokens": 1000, "max_context_tokens": 1000}
+    cluster = start(num_stages=4, **roomy)
+    cluster.submit(endless("a", prompt(600)))
+    assert in_flight(cluster) == [[(0, 150)], [(150, 150)], [(300, 150)], [(450, 150)]]
+    alone = start(**roomy)
+    alone.submit(endless("a", prompt(600)))
+    assert in_flight(alone) == [[(0, 600)]]
+
+
+def test_what_a_chunk_leaves_of_a_step_is_for_other_prompts():
+    cluster = start(num_pages=256, num_stages=2, max_step_tokens=200, max_context_tokens=1000)
+    for first, rid in enumerate("abc"):
+        cluster.submit(endless(rid, prompt(260, first)))
+    cluster.step()
+    assert in_flight(cluster)[-1] == [(0, 130), (0, 70)]
+
+
 def test_a_sequence_is_not_run_again_before_its_token_is_back():
     cluster = start(num_stages=4)
     cluster.submit(endless("a", prompt(4)))
