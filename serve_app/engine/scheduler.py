@@ -19,7 +19,6 @@ from serve_app.engine.plan import Plan, Slice, StepDone
 from serve_app.engine.request import Emission
 from serve_app.engine.sequence import Sequence
 
-
 MIN_CHUNK_TOKENS = 128  # a smaller chunk reads the weights for too few tokens
 
 

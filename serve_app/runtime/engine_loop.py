@@ -182,11 +182,15 @@ class EngineLoop:
         if missing:
             self._not_ready(f"{len(form.seats) - len(missing)} of {len(form.seats)} workers have loaded")
             return
-        members = [Member(name, self._hellos[name].address, *seat) for name, *seat in form.seats]
+        members = [self._member(*seat) for seat in form.seats]
         self._awaited = {member.name for member in members}
         for member in members:
             self._mesh.connect(member.name, member.address)
             self._mesh.send(member.name, Join(form.epoch, members, form.tables[member.stage], form.router))
+
+    def _member(self, name: str, stage: int, replica: int, shard: int) -> Member:
+        hello = self._hellos[name]
+        return Member(name, hello.address, stage, replica, shard, hello.store)
 
     def _joined(self, name: str) -> None:
         form = self._form

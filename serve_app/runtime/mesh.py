@@ -7,6 +7,7 @@ where they leave the host every socket uses CURVE with the cell's key, and only 
 import logging
 import math
 import threading
+from collections import Counter
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -38,9 +39,21 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("localhost", "::1")
 
 
+def host_of(address: str) -> str:
+    """The host in a mesh address."""
+    return address.removeprefix("tcp://").rsplit(":", 1)[0]
+
+
 class Received(NamedTuple):
     message: wire.Message
     frame: memoryview | None
+
+
+class Traffic(NamedTuple):
+    """Bytes given to the sockets, by the message's class name. What ZeroMQ and TCP add is not in them."""
+
+    header_bytes: Counter[str]
+    frame_bytes: Counter[str]
 
 
 class Mesh:
@@ -63,6 +76,7 @@ class Mesh:
         self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
         self._sending = threading.Lock()  # a ZeroMQ socket may change threads, but only across a barrier
         self.num_dropped = 0
+        self._sent = Traffic(Counter(), Counter())
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +121,8 @@ class Mesh:
         parts: list[bytes | memoryview] = [header] if frame is None else [header, frame]
         with self._sending:
             if self._try_send(name, parts):
+                self._sent.header_bytes[type(message).__name__] += len(header)
+                self._sent.frame_bytes[type(message).__name__] += frame.nbytes if frame is not None else 0
                 return True
             self.num_dropped += 1
         log.warning("message %s to %s dropped: the peer is unknown or takes no more", type(message).__name__, name)
@@ -121,6 +137,11 @@ class Mesh:
         except zmq.Again:
             return False
         return True
+
+    def sent(self) -> Traffic:
+        """All that was sent so far: with every message that anybody has received, and none that was dropped."""
+        with self._sending:
+            return Traffic(self._sent.header_bytes.copy(), self._sent.frame_bytes.copy())
 
     def receive(self, timeout_s: float | None = 0.0) -> Received | None:
         """The next message; None when none comes within `timeout_s` (None: wait for ever)."""

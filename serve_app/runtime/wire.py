@@ -24,6 +24,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     stage: int
     replica: int
     shard: int
+    store: str = ""  # of shard 0, where shards exchange by collectives: see `collective_shards`
 
 
 # -- membership ---------------------------------------------------------------------------------------------------
@@ -37,6 +38,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     num_pages: int  # KV pages that fit in its share of memory
     load_s: float
     resident_bytes: int
+    store: str = ""  # see Member
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):

@@ -15,10 +15,11 @@ from serve_app.experts.placement import Pair
 from serve_app.model.batch import Batch
 from serve_app.model.sampling import sample
 from serve_app.model.timing import StepTimer
+from serve_app.runtime.collective_shards import Backend, CollectiveShards, open_store
 from serve_app.runtime.dispatch import MeshExperts
 from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
 from serve_app.runtime.load import Loaded, resident_bytes
-from serve_app.runtime.mesh import Mesh
+from serve_app.runtime.mesh import Mesh, host_of
 from serve_app.runtime.mesh_shards import MeshShards
 from serve_app.runtime.names import ENGINE, ROUTER
 from serve_app.runtime.wire import (
@@ -58,25 +59,18 @@ class Worker:
         self._timer = loaded.stage.timer = StepTimer()
         self._epoch = 0
         self._experts: MeshExperts | None = None  # this and the next: of the epoch; None between epochs
-        self._shards: MeshShards | None = None
+        self._shards: MeshShards | CollectiveShards | None = None
+        self._store, store = self._open_store()
         self._next: str | None = None  # the worker of the same shard in the next stage; None on the last
         self._plans: deque[Plan] = deque()
         self._hidden: dict[int, Tensor] = {}
         self._stopped = False
         self._reported_s = 0.0
+        self._hello = Hello(name, mesh.address, self._stage.kv.num_pages, loaded.load_s, resident_bytes(), store)
 
     def run(self) -> None:
         """Say hello, then answer messages until told to stop."""
-        self._mesh.send(
-            ENGINE,
-            Hello(
-                self.name,
-                self._mesh.address,
-                self._stage.kv.num_pages,
-                self._loaded.load_s,
-                resident_bytes(),
-            ),
-        )
+        self._mesh.send(ENGINE, self._hello)
         while not self._stopped:
             try:
                 self._advance()
@@ -158,7 +152,8 @@ class Worker:
                 case Hidden():
                     self._hidden[message.step] = read_tensor(message, frame, self._stage.device)
                 case ShardPart():
-                    self._shards.accept(message, frame)
+                    if isinstance(self._shards, MeshShards):
+                        self._shards.accept(message, frame)
                 case ExpertCall():
                     begun_s = time.perf_counter()
                     self._experts.serve(message, frame)
@@ -185,6 +180,8 @@ class Worker:
             raise _EpochEndedError
 
     def _forget(self) -> None:
+        if isinstance(self._shards, CollectiveShards):
+            self._shards.leave()
         self._experts = self._shards = None
         self._plans.clear()
         self._hidden.clear()
@@ -217,16 +214,28 @@ class Worker:
             tables=tables,
             pump=self._pump,
         )
-        self._shards = MeshShards(
-            self._mesh,
-            epoch=message.epoch,
-            peers=_peers(message.members, own),
-            index=own.shard,
-            device=self._stage.device,
-            pump=self._pump,
-        )
+        self._shards = self._shards_of(message.epoch, _peers(message.members, own), own.shard)
         self._mesh.send(ENGINE, Joined(message.epoch, self.name))
         raise _EpochEndedError
+
+    @property
+    def _uses_collectives(self) -> bool:
+        return self._stage.device.type == "cuda" and self._stage.num_shards > 1
+
+    def _open_store(self) -> tuple[object, str]:
+        """Shard 0 keeps the store by which collectives find together."""
+        if self._uses_collectives and self._stage.shard == 0:
+            return open_store(host_of(self._mesh.address))
+        return None, ""
+
+    def _shards_of(self, epoch: int, peers: list[Member], index: int) -> MeshShards | CollectiveShards:
+        if self._uses_collectives:
+            backend: Backend = "nccl" if self._stage.device.type == "cuda" else "gloo"
+            return CollectiveShards(
+                epoch=epoch, index=index, num=len(peers), store=peers[0].store, backend=backend, pump=self._pump
+            )
+        names = [peer.name for peer in peers]
+        return MeshShards(self._mesh, epoch=epoch, peers=names, index=index, device=self._stage.device, pump=self._pump)
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -240,10 +249,10 @@ def _group(members: list[Member], stage: int) -> list[str]:
     return [m.name for m in sorted(members, key=lambda m: (m.replica, m.shard)) if m.stage == stage]
 
 
-def _peers(members: list[Member], own: Member) -> list[str]:
-    """Names of the shards of this worker's replica and stage, in their order."""
+def _peers(members: list[Member], own: Member) -> list[Member]:
+    """The shards of this worker's replica and stage, in their order."""
     seated = [m for m in members if (m.stage, m.replica) == (own.stage, own.replica)]
-    return [m.name for m in sorted(seated, key=lambda m: m.shard)]
+    return sorted(seated, key=lambda m: m.shard)
 
 
 def _successor(members: list[Member], own: Member) -> str | None:

@@ -21,7 +21,8 @@ WAIT_S = 60.0
 class ThreadedCell:
     """Use as a context. `self.mesh` is an ingress replica's place in the mesh."""
 
-    def __init__(self, weights, config, registry=None):
+    def __init__(self, weights, config, registry=None, worker=Worker):
+        self._worker = worker
         self.config, self.weights = config, weights
         spec = weights.spec
         self.layout, self.stages = layout_of(config, spec)
@@ -62,7 +63,7 @@ class ThreadedCell:
         mesh.connect(ENGINE, self.engine_mesh.address)
         self.mesh.connect(name, mesh.address)
         self.names[seat] = name
-        self.workers[name] = Worker(name, loaded, mesh)
+        self.workers[name] = self._worker(name, loaded, mesh)
         self._start(self.workers[name].run)
 
     def lose(self, seat):
