@@ -162,17 +162,30 @@ def bench(
     prefill_tokens: Annotated[
         int, typer.Option(min=0, help="one more run: one prompt this long; 0 leaves it out")
     ] = 1024,
-    threads: Annotated[int, typer.Option(min=1, help="threads that compute, in this process")] = os.cpu_count() or 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="threads that compute, of each worker; default: the CPUs' share")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="shards; with tp, pp or dp above 1 each worker is a process")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="pipeline stages")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="replicas")] = 1,
+    stage_layers: Annotated[str | None, typer.Option(help="layers of each stage, such as 9,7; default: even")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="record the first run once more, to this file: a Chrome trace")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
     """Tokens per second, time to first token, and time between tokens."""
     from serve_app.bench.measure import Workload
-    from serve_app.bench.report import run_all
+    from serve_app.bench.report import Target, run_all
 
     workloads = [Workload(size, prompt_tokens, output_tokens) for size in batch or DEFAULT_BATCHES]
     if prefill_tokens:
         workloads.append(Workload(1, prefill_tokens, 2))
-    run_all(model, url, workloads, threads, as_json=json, console=err)
+    layout: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp} if tp * pp * dp > 1 else {}
+    if stage_layers is not None:
+        layout["stage_layers"] = stage_layers.split(",")
+    threads = threads or max(1, (os.cpu_count() or 1) // (tp * pp * dp))
+    run_all(Target(model, url, layout, threads), workloads, trace=trace, as_json=json, console=err)
 
 
 @app.command()

@@ -1,22 +1,38 @@
 """A benchmark of a running server, over HTTP: streams of SGLang's dialect, all of a batch at once."""
 
 import asyncio
+import itertools
 import json
+import secrets
 import time
+from pathlib import Path
 
 import httpx
+import msgspec
 
 from serve_app.bench.measure import Advance, BenchError, Figures, Trace, Workload, figures
 
+VOCABULARY = 1_000  # token ids that any served model has; a server does not tell its vocabulary
 TIMEOUT_S = 600.0  # between two bytes of one stream
 
 
-def run_remote(url: str, workload: Workload, vocab_size: int, advance: Advance) -> Figures:
-    """Send one batch and wait for all of it. BenchError if the server refuses, breaks off or speaks otherwise."""
-    try:
-        return figures(workload, asyncio.run(_run(url, workload, vocab_size, advance)))
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        raise BenchError(f"{url} could not be measured: {str(error) or type(error).__name__}") from None
+class RemoteBench:
+    """A running server. Each run has prompts of its own: the server may still hold the KV of any that it has seen."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._seeds = itertools.count(secrets.randbits(62))
+
+    def run(self, workload: Workload, advance: Advance) -> Figures:
+        """Send one batch and wait for all of it. BenchError if the server refuses, breaks off or speaks otherwise."""
+        fresh = msgspec.structs.replace(workload, seed=next(self._seeds))
+        try:
+            return figures(workload, asyncio.run(_run(self._url, fresh, VOCABULARY, advance)))
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            raise BenchError(f"{self._url} could not be measured: {str(error) or type(error).__name__}") from None
+
+    def trace(self, workload: Workload, path: Path) -> None:
+        raise BenchError("a server records no trace")
 
 
 async def _run(url: str, workload: Workload, vocab_size: int, advance: Advance) -> list[Trace]:

@@ -1,10 +1,11 @@
 """Run workloads one after another and show their figures as a table or as JSON."""
 
-import itertools
-import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 from rich.box import SIMPLE
@@ -12,32 +13,63 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from serve_app.bench.measure import Advance, Figures, Workload
+from serve_app.bench.measure import Advance, BenchError, Figures, Workload
 
-Measure = Callable[[Workload, Advance], Figures]
-REMOTE_VOCABULARY = 1_000  # token ids that any served model has; a server does not tell its vocabulary
+
+class Bench(Protocol):
+    """Something loaded that runs workloads."""
+
+    def run(self, workload: Workload, advance: Advance) -> Figures: ...
+
+    def trace(self, workload: Workload, path: Path) -> None: ...
+
+
 REDRAW_S = 0.1  # a bar drawn for each token would be measured too
 
 
+class Target(msgspec.Struct, frozen=True):
+    """What is to be measured."""
+
+    model: str
+    url: str | None  # a server; None: on this machine, without one
+    layout: dict[str, Any]  # keys of `layout` in a config; empty: in this process
+    threads: int  # that compute, of each worker
+
+    @property
+    def title(self) -> str:
+        if self.url:
+            return self.url
+        if not self.layout:
+            return f"{self.model}, in this process, threads: {self.threads}"
+        cut = " x ".join(f"{key.upper()} {self.layout.get(key, 1)}" for key in ("tp", "pp", "dp"))
+        return f"{self.model}, {cut}, a process for each worker, threads of each: {self.threads}"
+
+
 def run_all(
-    model: str, url: str | None, workloads: Sequence[Workload], threads: int, *, as_json: bool, console: Console
+    target: Target, workloads: Sequence[Workload], *, trace: Path | None, as_json: bool, console: Console
 ) -> None:
-    """Measure each workload, in this process or at `url`, and print the figures to stdout."""
+    """Measure each workload and print the figures to stdout. `trace`: where the first one, run again, is recorded."""
+    if trace and target.url:
+        raise BenchError("--trace is for runs on this machine: a server records no trace")
+    if trace and not trace.parent.is_dir():
+        raise BenchError(f"the trace cannot be written: there is no folder {trace.parent}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
-        measure = _remote(url) if url else _local(model, threads, workloads)
-        progress.update(task, total=sum(workload.num_output_tokens for workload in workloads))
-        advance = _advance(progress, task)
-        for workload in workloads:
-            progress.update(task, description=f"batch {workload.batch}, {workload.prompt_tokens} prompt tokens")
-            rows.append(measure(workload, advance))
-    title = url or f"{model}, in this process, {threads} threads"
+        with _open(target, workloads) as bench:
+            progress.update(task, total=sum(workload.num_output_tokens for workload in workloads))
+            advance = _advance(progress, task)
+            for workload in workloads:
+                progress.update(task, description=f"batch {workload.batch}, {workload.prompt_tokens} prompt tokens")
+                rows.append(bench.run(workload, advance))
+            if trace:
+                progress.update(task, description="recording")
+                bench.trace(workloads[0], trace)
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode({"of": title, "runs": rows})).decode() + "\n")
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode({"of": target.title, "runs": rows})).decode() + "\n")
     else:
-        for table in _tables(title, rows):
+        for table in _tables(target.title, rows):
             Console().print(table)
 
 
@@ -55,20 +87,19 @@ def _advance(progress: Progress, task: TaskID) -> Advance:
     return advance
 
 
-def _remote(url: str) -> Measure:
-    """Each run has prompts of its own: the server may still hold the KV of any that it has seen before."""
-    from serve_app.bench.remote import run_remote
+def _open(target: Target, workloads: Sequence[Workload]) -> AbstractContextManager[Bench]:
+    # torch, and all that needs it, is for those that run a model
+    if target.url:
+        from serve_app.bench.remote import RemoteBench
 
-    seeds = itertools.count(secrets.randbits(62))
-    return lambda workload, advance: run_remote(
-        url, msgspec.structs.replace(workload, seed=next(seeds)), REMOTE_VOCABULARY, advance
-    )
+        return nullcontext(RemoteBench(target.url))
+    if target.layout:
+        from serve_app.bench.cell import CellBench
 
-
-def _local(model: str, threads: int, workloads: Sequence[Workload]) -> Measure:
+        return CellBench(target.model, target.layout, target.threads, workloads)
     from serve_app.bench.local import LocalBench
 
-    return LocalBench(model, threads, workloads).run
+    return nullcontext(LocalBench(target.model, target.threads, workloads))
 
 
 def _tables(title: str, rows: Sequence[Figures]) -> Iterator[Table]:

@@ -5,34 +5,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from serve_app.bench.measure import BenchError
 from serve_app.model.timing import Span
 
 
 def write_trace(path: Path, spans: Mapping[str, Sequence[Span]]) -> None:
-    """`spans` by worker. Times in the file are microseconds since the first span began."""
+    """`spans` by worker. Times in the file are microseconds since the first span began. BenchError if it cannot be."""
     begin_s = min((span.begin_s for of_one in spans.values() for span in of_one), default=0.0)
     events: list[dict[str, Any]] = []
     for row, (name, of_one) in enumerate(sorted(spans.items())):
         events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": name}})
         events += [_event(span, row, begin_s) for span in of_one]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    try:
+        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    except OSError as error:
+        raise BenchError(f"the trace {path} cannot be written: {error.strerror}") from None
 
 
 def _event(span: Span, row: int, begin_s: float) -> dict[str, Any]:
     begin_us, lasted_us = 1e6 * (span.begin_s - begin_s), 1e6 * (span.end_s - span.begin_s)
     return {"ph": "X", "name": span.name, "pid": 0, "tid": row, "ts": round(begin_us, 1), "dur": round(lasted_us, 1)}
-
-
-def shares(spans: Mapping[str, Sequence[Span]]) -> dict[str, dict[str, float]]:
-    """Of the time that was recorded, by worker: what it computed, waited for, served to peers, and was idle."""
-    return {name: _shares_of(of_one) for name, of_one in sorted(spans.items())}
-
-
-def _shares_of(spans: Sequence[Span]) -> dict[str, float]:
-    total_s = max(span.end_s for span in spans) - min(span.begin_s for span in spans)
-    sums = {"step": 0.0, "wait": 0.0, "serve": 0.0, "idle": 0.0}
-    for span in spans:
-        kind = span.name.split()[0]
-        if kind in sums:
-            sums[kind] += span.end_s - span.begin_s
-    return {kind: seconds / total_s for kind, seconds in sums.items()}

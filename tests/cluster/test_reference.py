@@ -19,7 +19,7 @@ from serve_app.model.checkpoint import Checkpoint
 from serve_app.model.cpu import cpu_has_bf16
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.runtime.local import LocalEngine
-from tests.cluster.prompts import PROMPTS
+from tests.cluster.prompts import QUESTIONS as PROMPTS
 from tests.cluster.server import ROOT, Server
 from tests.runtime.cell import collect_local
 

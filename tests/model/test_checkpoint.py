@@ -71,8 +71,8 @@ def test_packed_experts_are_taken_apart_without_reading_the_others(granite):
     gate, up = (checkpoint.tensor(f"layers.2.experts.5.{part}") for part in ("gate", "up"))
     assert torch.equal(torch.cat([gate, up]), packed[5])
     first = checkpoint.tensor("layers.2.experts.0.gate")
-    assert gate.data_ptr() - first.data_ptr() == 5 * packed[0].nbytes  # where it lies in the mapped file
-    assert up.data_ptr() - gate.data_ptr() == gate.nbytes
+    assert place_in_file(gate) - place_in_file(first) == 5 * packed[0].nbytes
+    assert place_in_file(up) - place_in_file(gate) == gate.nbytes
 
 
 def test_shards_are_read_as_one(sharded):
@@ -84,13 +84,29 @@ def test_shards_are_read_as_one(sharded):
         assert torch.equal(checkpoint.tensor(name), written[expected.hf_name])
 
 
+def mappings():
+    """(begin, end, offset in the file) of each part of a checkpoint's file that is mapped here."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    for ends, _, offset, *_ in (line.split() for line in lines if line.endswith("model.safetensors")):
+        begin, end = (int(address, 16) for address in ends.split("-"))
+        yield begin, end, int(offset, 16)
+
+
+def place_in_file(tensor):
+    """Bytes from the file's beginning to the tensor; None where it is no view of the mapped file."""
+    address = tensor.data_ptr()
+    return next((address - begin + offset for begin, end, offset in mappings() if begin <= address < end), None)
+
+
 def test_tensors_are_views_of_the_mapped_file(mixtral):
-    address = Checkpoint.open(mixtral).tensor("embed")
-    mapped = [
-        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")
-    ]
-    ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in mapped]
-    assert any(begin <= address.data_ptr() < end for begin, end in ranges)
+    assert place_in_file(Checkpoint.open(mixtral).tensor("embed")) is not None
+
+
+def test_what_was_read_is_unmapped_with_the_tensor(mixtral):
+    checkpoint = Checkpoint.open(mixtral)
+    kept = checkpoint.tensor("embed")
+    assert checkpoint.tensor("norm").sum() != 0
+    assert [begin <= kept.data_ptr() < end for begin, end, _ in mappings()] == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
