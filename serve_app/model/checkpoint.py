@@ -1,13 +1,15 @@
 """Tensors from a checkpoint folder, by canonical name: memory-mapped, so that a worker reads only what it asks for."""
 
+import math
+import mmap
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 
 from serve_app.model.files import Stored, locate_tensors
 from serve_app.model.spec import ModelSpec
+
+_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Checkpoint:
@@ -16,7 +18,6 @@ class Checkpoint:
     def __init__(self, spec: ModelSpec, located: dict[str, Stored]) -> None:
         self.spec = spec
         self._located = located
-        self._files: dict[Path, Any] = {}  # one mapping per shard, made when first needed
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -26,12 +27,15 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a canonical name (see `files.expected_tensors`), in the dtype in which it is stored.
 
-        A view of the mapped file: its bytes are read when they are first used. KeyError where this model has none.
+        A view of the mapped file: its bytes are read when they are first used. Each tensor has a mapping of its own,
+        so that pages which were read leave this process's memory with the tensor that they were read for.
+        KeyError where this model has none.
         """
         stored = self._located[name]
-        if stored.path not in self._files:
-            self._files[stored.path] = safe_open(stored.path, framework="pt")
-        tensor = cast(torch.Tensor, self._files[stored.path].get_tensor(stored.hf_name))
+        with stored.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        dtype, num_values = _TORCH[stored.dtype], math.prod(stored.shape)
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=num_values, offset=stored.offset_bytes).view(stored.shape)
         if stored.cut is None:
             return tensor
         return tensor[stored.cut.expert, stored.cut.begin : stored.cut.end]

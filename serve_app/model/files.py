@@ -83,6 +83,7 @@ class Stored(NamedTuple):
     hf_name: str
     dtype: str  # as safetensors writes it: "BF16", "F32", ...
     shape: tuple[int, ...]  # of the whole
+    offset_bytes: int  # of the whole, from the file's beginning
     cut: Cut | None = None
 
 
@@ -251,7 +252,10 @@ def _read_header(path: Path) -> dict[str, Stored]:
         raise CheckpointError(
             f"{path} is {what}: its header describes {8 + header_bytes + data_bytes} bytes, the file has {file_bytes}"
         )
-    return {name: Stored(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return {
+        name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:

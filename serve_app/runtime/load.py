@@ -1,6 +1,5 @@
 """From weights to a stage that can run: what a worker and the in-process executor both begin with."""
 
-import ctypes
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from serve_app.model.moe import ExpertHost, Weights
 from serve_app.model.spec import ModelSpec
 from serve_app.model.stage import Stage, kv_bytes_per_page
 from serve_app.model.timing import StepTimer
+from serve_app.runtime.lasting import lasting_memory
 from serve_app.runtime.settings import max_context_tokens
 
 
@@ -34,10 +34,10 @@ class Loaded:
         wanted = set(pairs)
         for pair in self.hosted - wanted:
             self.host.drop(*pair)
-        for pair in sorted(wanted - self.hosted):
-            self.host.load(self.weights, *pair)
+        with lasting_memory():
+            for pair in sorted(wanted - self.hosted):
+                self.host.load(self.weights, *pair)
         self.hosted = wanted
-        return_free_memory()
 
 
 def load(
@@ -68,17 +68,18 @@ def load_stage(
     page_tokens, num_shards = config.scheduler.page_tokens, config.layout.tp
     num_pages = pages_that_fit(weights.spec, layers, num_shards, shard, page_tokens, dtype, config.worker.kv_gib)
     _check_room(config, weights.spec, num_pages * page_tokens)
-    return Stage.load(
-        weights,
-        layers,
-        num_pages=num_pages,
-        page_tokens=page_tokens,
-        dtype=dtype,
-        device=device,
-        num_shards=num_shards,
-        shard=shard,
-        timer=timer,
-    )
+    with lasting_memory():
+        return Stage.load(
+            weights,
+            layers,
+            num_pages=num_pages,
+            page_tokens=page_tokens,
+            dtype=dtype,
+            device=device,
+            num_shards=num_shards,
+            shard=shard,
+            timer=timer,
+        )
 
 
 def _device(config: OctavoConfig) -> torch.device:
@@ -100,10 +101,10 @@ def load_experts(weights: Weights, config: OctavoConfig) -> ExpertHost:
     """All experts of the model. OctavoError if it cannot."""
     spec, device = weights.spec, _device(config)
     host = ExpertHost(spec, pick_dtype(device, config.dtype), device)
-    for layer in range(spec.num_layers):
-        for expert in range(spec.num_experts):
-            host.load(weights, layer, expert)
-    return_free_memory()
+    with lasting_memory():
+        for layer in range(spec.num_layers):
+            for expert in range(spec.num_experts):
+                host.load(weights, layer, expert)
     return host
 
 
@@ -120,13 +121,6 @@ def pages_that_fit(
     num_kv_heads = len(cut_heads(spec.num_heads, spec.num_kv_heads, num_shards, shard).kv_heads)
     page_bytes = kv_bytes_per_page(spec, len(layers), num_kv_heads, page_tokens, dtype)
     return max(1, int(kv_gib * 2**30) // page_bytes)
-
-
-def return_free_memory() -> None:
-    """Give what was freed back to the system: packing leaves holes between the weights, a quarter of their size."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim:
-        trim(0)
 
 
 def resident_bytes() -> int:

@@ -117,15 +117,15 @@ class Mesh:
 
     def send(self, name: str, message: wire.Message, frame: memoryview | None = None) -> bool:
         """Queue a message. To a peer that is unknown or takes no more it is dropped, counted and logged: False."""
-        header = wire.encode(message)
+        header, kind = wire.encode(message), type(message).__name__
         parts: list[bytes | memoryview] = [header] if frame is None else [header, frame]
         with self._sending:
             if self._try_send(name, parts):
-                self._sent.header_bytes[type(message).__name__] += len(header)
-                self._sent.frame_bytes[type(message).__name__] += frame.nbytes if frame is not None else 0
+                self._sent.header_bytes[kind] += len(header)
+                self._sent.frame_bytes[kind] += 0 if frame is None else frame.nbytes
                 return True
             self.num_dropped += 1
-        log.warning("message %s to %s dropped: the peer is unknown or takes no more", type(message).__name__, name)
+        log.warning("message %s to %s dropped: the peer is unknown or takes no more", kind, name)
         return False
 
     def _try_send(self, name: str, parts: list[bytes | memoryview]) -> bool:

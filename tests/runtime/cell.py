@@ -1,5 +1,6 @@
 """A whole cell in one process: the real engine loop, workers and router, each in a thread, over the real mesh."""
 
+import gc
 import threading
 import uuid
 from contextlib import ExitStack
@@ -40,10 +41,10 @@ class ThreadedCell:
         self.mesh = self._stack.enter_context(Mesh())
         self.mesh.connect(ENGINE, self.engine_mesh.address)
         self._start(EngineLoop(self.core, self.engine_mesh).run)
-        self.mesh.send(ENGINE, Attach("test", self.mesh.address))
         for seat in self.layout.seats():
             self.spawn(seat)
         self.form()
+        self.beat()
         return self
 
     def __exit__(self, *exc):
@@ -54,6 +55,8 @@ class ThreadedCell:
             thread.join(WAIT_S)
             assert not thread.is_alive()
         self._stack.close()
+        self.workers.clear()
+        gc.collect()  # a worker and its dispatcher know each other, and between them they hold a model
 
     def spawn(self, seat):
         name = f"w{seat.stage}.{seat.replica}.{seat.shard}-{uuid.uuid4().hex[:4]}"
@@ -76,6 +79,10 @@ class ThreadedCell:
         seats = [(name, *seat) for seat, name in self.names.items()]
         self.mesh.send(ENGINE, Form(self.epoch, seats, self.router_mesh.address, self.registry.tables()))
 
+    def beat(self):
+        """A sign of life, as an ingress replica gives one a second."""
+        self.mesh.send(ENGINE, Attach("test", self.mesh.address))
+
     def submit(self, request):
         self.mesh.send(ENGINE, From("test", Submit(request)))
 
@@ -85,6 +92,7 @@ class ThreadedCell:
     def messages(self):
         """What the engine tells this ingress, for ever."""
         while True:
+            self.beat()
             received = self.mesh.receive(WAIT_S)
             assert received is not None, "the engine fell silent"
             yield received.message
