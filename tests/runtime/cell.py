@@ -77,7 +77,9 @@ class ThreadedCell:
     def form(self):
         self.epoch += 1
         seats = [(name, *seat) for seat, name in self.names.items()]
-        self.mesh.send(ENGINE, Form(self.epoch, seats, self.router_mesh.address, self.registry.tables()))
+        form = Form(self.epoch, seats, self.router_mesh.address, self.registry.tables())
+        self.registry.record(form)
+        self.mesh.send(ENGINE, form)
 
     def beat(self):
         """A sign of life, as an ingress replica gives one a second."""

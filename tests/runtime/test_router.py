@@ -1,6 +1,6 @@
 """The router counts every token that an expert ran, wherever it ran."""
 
-from serve_app.runtime.wire import ExpertLoad
+from serve_app.runtime.wire import Report
 from tests.runtime.cell import ThreadedCell
 from tests.runtime.test_cell import config_of, requests_of, weights  # noqa: F401, the fixture
 
@@ -9,7 +9,7 @@ WAIT_S = 20.0
 
 def test_every_token_is_counted_once_per_layer_and_expert(weights):  # noqa: F811
     requests = requests_of(weights, 6, seed=3, max_new_tokens=10)
-    with ThreadedCell(weights, config_of(2, 2, prefix_cache=False)) as cell:
+    with ThreadedCell(weights, config_of(2, 2, 2, standby_slots=3, prefix_cache=False)) as cell:
         for request in requests:
             cell.submit(request)
         cell.collect(len(requests))
@@ -19,10 +19,11 @@ def test_every_token_is_counted_once_per_layer_and_expert(weights):  # noqa: F81
         while counted < expected:
             received = cell.router_mesh.receive(WAIT_S)
             assert received is not None, f"{counted} of {expected} token runs reported"
-            assert isinstance(received.message, ExpertLoad)
-            cell.registry.add(received.message)
+            assert isinstance(received.message, Report)
+            cell.registry.add(received.message, now_s=1.0)
             counted += sum(count for _, _, count in received.message.counts)
         assert counted == expected
-        stages = cell.registry.snapshot()["stages"]
-        assert sum(sum(stage["tokens"]) for stage in stages) == expected
-        assert all(1 <= stage["imbalance"] < 2 for stage in stages)
+        stages = cell.registry.snapshot(now_s=1.0).stages
+        assert sum(worker.tokens for stage in stages for worker in stage.workers) == expected
+        assert all(1 <= stage.imbalance < 2 for stage in stages)
+        assert all(worker.resident_bytes > 0 for stage in stages for worker in stage.workers)
