@@ -57,7 +57,7 @@ class MeshExperts:
         self._merges = host.dtype == torch.bfloat16
         self._merging: int | None = None  # the layer whose calls are being collected
         self._collected: list[_Rows] = []
-        self._latest: dict[str, int] = {}  # sender -> the layer of its last call
+        self._latest: dict[str, tuple[int, int]] = {}  # sender -> layer of its last call, layers in a row with one
         self._run_s = 0.0  # that own rows took last time
         self.loads: dict[tuple[int, int], int] = {}  # tokens run here, by (layer, expert), since last taken
 
@@ -87,7 +87,8 @@ class MeshExperts:
             raise ValueError(f"{sum(message.counts)} rows announced, {len(x_ND)} sent")
         if not all(self._host.holds(message.layer, expert) for expert in message.experts):
             raise KeyError(f"an expert of layer {message.layer} that does not live here")
-        self._latest[message.sender] = message.layer
+        before, num_in_row = self._latest.get(message.sender, (message.layer, 0))
+        self._latest[message.sender] = (message.layer, num_in_row + 1 if message.layer == before + 1 else 1)
         rows = _Rows(x_ND, message.experts, message.counts, message)
         if message.layer == self._merging:
             self._collected.append(rows)
@@ -111,14 +112,16 @@ class MeshExperts:
         return own
 
     def _collect(self, layer: int) -> list["_Rows"]:
-        """The calls for `layer` that are here, or will be soon: their senders called for the layer before."""
+        """The calls for `layer` that are here, or soon will be: their senders have called in the layers before."""
         self._merging, self._collected = layer, []
         deadline_s = time.perf_counter() + self._run_s
         try:
             while True:
-                is_due = any(latest == layer - 1 for latest in self._latest.values())
-                left_s = deadline_s - time.perf_counter() if is_due else 0.0
+                due = [sender for sender, latest in self._latest.items() if _is_due(latest, layer)]
+                left_s = deadline_s - time.perf_counter() if due else 0.0
                 if not self._pump(max(0.0, left_s)) and left_s <= 0:
+                    for sender in due:  # waited for in vain: not again before it calls
+                        del self._latest[sender]
                     return self._collected
         finally:
             self._merging = None
@@ -188,6 +191,12 @@ def deal(hosts: list[int], caller: int, num_rows: int) -> list[tuple[int, range]
     num_parts = max(1, min(len(hosts), num_rows // MIN_SPLIT_ROWS))
     first = hosts.index(caller) if caller in hosts else caller % len(hosts)
     return [(hosts[(first + part) % len(hosts)], cut(num_rows, num_parts, part)) for part in range(num_parts)]
+
+
+def _is_due(latest: tuple[int, int], layer: int) -> bool:
+    """Whether who called so last will probably call for `layer`: one layer alone says little where tokens are few."""
+    before, num_in_row = latest
+    return before == layer - 1 and num_in_row > 1
 
 
 class _Rows(NamedTuple):
