@@ -49,6 +49,10 @@ def octavo_serve(folder, args):
     [
         ({"modle": "demo"}, ["`modle` is not a key"]),
         ({"layout": {"pp": 99}}, ["layout does not fit", "99"]),
+        ({"layout": {"tp": 5}}, ["layout does not fit", "num_shards=5", "4 attention heads"]),
+        ({"layout": {"pp": 2, "stage_layers": [3, 0]}}, ["`layout.stage_layers.1` = 0"]),
+        ({"layout": {"pp": 2, "stage_layers": [2, 2]}}, ["layout does not fit", "[2, 2]", "the model's 3"]),
+        ({"layout": {"dp": 2}, "worker": {"primary_slots": 11}}, ["`worker.primary_slots` = 11", "needs 12"]),
         ({"model": "/nowhere"}, ["/nowhere"]),
         ({"layout": {"dp": "two"}}, ["`layout.dp`"]),
         ({"scheduler": {"max_step_tokens": 10**8}}, ["`scheduler.max_step_tokens`", "at most 4194304"]),

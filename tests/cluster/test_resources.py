@@ -74,6 +74,7 @@ def test_what_is_missing_is_said_for_as_long_as_it_is_and_ctrl_c_ends_the_wait(s
     short_of_cpus.end_signal = signal.SIGINT  # which leaves nothing behind, as the context sees to
 
 
+@pytest.mark.slow
 def test_a_terminated_wait_leaves_nothing_behind(short_of_cpus):
     short_of_cpus.end_signal = signal.SIGTERM
 
@@ -91,6 +92,7 @@ def test_a_wait_that_lasts_too_long_ends_the_command_with_what_was_missing(tiny,
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_resources_of_an_engine_that_died_are_there_for_the_next_one(tiny, tmp_path):
     """Both cells would not fit beside each other."""
     args = {"model": str(tiny), "layout": {"dp": 2}, "worker": {"num_cpus": 1.5, "kv_gib": 0.01}}
