@@ -81,7 +81,7 @@ def _run(kv: PagedKV, layer: int, piece: Piece, q_THD: Tensor) -> Tensor:
 def _block(kv: PagedKV, layer: int, level: Level, q_ARD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of one block and its values: (scores_XRB in fp32, their maxima_XR1, v_XBD)."""
     k_XBD, v_XBD = kv.gather(layer, level)
-    scores_XRB = torch.bmm(q_ARD, k_XBD.transpose(1, 2)).float()
+    scores_XRB = _bmm(q_ARD, k_XBD.transpose(1, 2)).float()
     if level.bias_A1Q1B is not None:
         bias = level.bias_A1Q1B
         scores_XRB.view(level.num_tiles, kv.heads.num_kv_heads, bias.shape[2], -1, KV_BLOCK_TOKENS).add_(bias)
@@ -116,7 +116,14 @@ class _Softmax:
 def _weigh(scores_XRB: Tensor, top_XR1: Tensor, v_XBD: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the weights, weighted sum of the values) of one block, fp32. Overwrites the scores."""
     weights_XRB = scores_XRB.sub_(top_XR1).exp_()
-    return weights_XRB.sum(-1, keepdim=True), torch.bmm(weights_XRB.to(v_XBD.dtype), v_XBD).float()
+    return weights_XRB.sum(-1, keepdim=True), _bmm(weights_XRB.to(v_XBD.dtype), v_XBD).float()
+
+
+def _bmm(a_XIJ: Tensor, b_XJK: Tensor) -> Tensor:
+    """Products of many matrices. One by itself is doubled: alone it takes another kernel, and gets other bits."""
+    if len(a_XIJ) > 1 or a_XIJ.device.type != "cpu":
+        return torch.bmm(a_XIJ, b_XJK)
+    return torch.bmm(a_XIJ.repeat(2, 1, 1), b_XJK.repeat(2, 1, 1))[:1]
 
 
 def _to_groups(q: Tensor, piece: Piece, heads: Heads) -> Tensor:

@@ -60,6 +60,22 @@ def test_in_bf16_the_same_shards_give_the_same_bits_alone_and_in_a_batch(name):
             assert torch.equal(row, driver.rows(prompt, [len(prompt) - 1, 1])[-1])
 
 
+@pytest.mark.skipif(not cpu_has_bf16(), reason="the promise is for CPUs that multiply bf16 natively")
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_a_shard_with_one_kv_head_decodes_to_the_same_bits_alone_and_in_a_batch(num_shards):
+    spec = replace(MOE, num_heads=8, num_kv_heads=2, head_dim=16)
+    driver = Driver(random_checkpoint(spec, seed=8), dtype=torch.bfloat16, num_shards=num_shards)
+    draw = random.Random(9)
+    prompts = [[draw.randrange(spec.vocab_size) for _ in range(draw.randrange(100, 300))] for _ in range(12)]
+    sequences = [driver.begin(len(prompt)) for prompt in prompts]
+    driver.step([(sequence, prompt[:-8]) for sequence, prompt in zip(sequences, prompts, strict=True)])
+    for place in range(-8, 0):
+        pairs = list(zip(sequences, prompts, strict=True))
+        together = driver.step([(sequence, [prompt[place]]) for sequence, prompt in pairs])
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, driver.rows(prompt, [len(prompt) - 8] + [1] * 8)[-1])
+
+
 def test_an_error_of_one_shard_ends_the_step_of_all_and_the_next_one_runs():
     driver = Driver(random_checkpoint(MOE, seed=6), num_shards=3)
     sequence = driver.begin(4)
