@@ -4,6 +4,7 @@ What it measures beside `bench.local` is what cutting a model costs: dispatch, e
 """
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -47,8 +48,10 @@ BEAT_S = 2.0  # between two signs of life to the engine
 class CellBench:
     """A running cell. Use as a context; `run` measures a workload. OctavoError where it cannot be."""
 
-    def __init__(self, model: str, layout: dict[str, int], threads: int, workloads: Sequence[Workload]) -> None:
-        self._config = bench_config(model, layout, threads, workloads)
+    def __init__(
+        self, model: str, layout: dict[str, int], threads: int, workloads: Sequence[Workload], kv_gib: float = 1.0
+    ) -> None:
+        self._config = bench_config(model, layout, threads, workloads, kv_gib)
         self._spec = check(self._config)
         check_context(self._spec, workloads)
         self._stack = ExitStack()
@@ -182,6 +185,7 @@ class CellBench:
 def _work(name: str, config: OctavoConfig, seat: Seat, layers: range, pairs: list[Pair], engine_address: str) -> None:
     """A worker process, from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that began this one, and ends it
+    Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     try:
         weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
         loaded = load(weights, config, layers, seat.shard, pairs)
@@ -190,3 +194,11 @@ def _work(name: str, config: OctavoConfig, seat: Seat, layers: range, pairs: lis
     with Mesh() as mesh:
         mesh.connect(ENGINE, engine_address)
         Worker(name, loaded, mesh).run()
+
+
+def _end_with_parent() -> None:
+    """However the benchmark ends, its workers do not outlive it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

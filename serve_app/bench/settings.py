@@ -10,13 +10,15 @@ from serve_app.model.spec import ModelSpec
 WARM_UP = Workload(2, 16, 4)  # first touches are slow
 
 
-def bench_config(model: str, layout: dict[str, int], threads: int, workloads: Sequence[Workload]) -> OctavoConfig:
-    """`threads` are those of one worker. The context is just what the workloads need. No prefix is reused."""
+def bench_config(
+    model: str, layout: dict[str, int], threads: int, workloads: Sequence[Workload], kv_gib: float = 1.0
+) -> OctavoConfig:
+    """`threads` and `kv_gib`: of one worker. The context is just what the workloads need. No prefix is reused."""
     return parse_config(
         {
             "model": model,
             "layout": layout,
-            "worker": {"num_threads": threads},
+            "worker": {"num_threads": threads, "kv_gib": kv_gib},
             "scheduler": {
                 "max_running": 1024,
                 "max_context_tokens": max(map(_num_tokens, (WARM_UP, *workloads))),
