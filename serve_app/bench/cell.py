@@ -145,6 +145,7 @@ class CellBench:
 
     def _router_message(self) -> Message:
         received = self._router_mesh.receive(ANSWER_S)
+        self._check(time.monotonic())
         if received is None:
             raise BenchError(f"the workers have said nothing for {ANSWER_S:.0f} s")
         return received.message

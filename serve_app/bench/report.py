@@ -51,8 +51,12 @@ def run_all(
     """Measure each workload and print the figures to stdout. `trace`: where the first one, run again, is recorded."""
     if trace and target.url:
         raise BenchError("--trace is for runs on this machine: a server records no trace")
-    if trace and not trace.parent.is_dir():
-        raise BenchError(f"the trace cannot be written: there is no folder {trace.parent}")
+    if target.url and target.layout:
+        raise BenchError(
+            "--tp, --pp, --dp and --stage-layers are for runs on this machine: a server has its own layout"
+        )
+    if trace and (trace.is_dir() or not trace.parent.is_dir()):
+        raise BenchError(f"the trace cannot be written: {trace} is a folder, or in none that there is")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

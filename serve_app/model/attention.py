@@ -14,6 +14,8 @@ from torch import Tensor
 
 from serve_app.model.tiles import KV_BLOCK_TOKENS, AttentionWork, Heads, Level, Piece
 
+SMALL_PRODUCTS = 16**3  # multiplications, see `_bmm`
+
 
 class PagedKV:
     """The keys and values of a stage's layers, in pages that any sequence may hold.
@@ -120,10 +122,15 @@ def _weigh(scores_XRB: Tensor, top_XR1: Tensor, v_XBD: Tensor) -> tuple[Tensor, 
 
 
 def _bmm(a_XIJ: Tensor, b_XJK: Tensor) -> Tensor:
-    """Products of many matrices. One by itself is doubled: alone it takes another kernel, and gets other bits."""
-    if len(a_XIJ) > 1 or a_XIJ.device.type != "cpu":
+    """Products of many matrices. Few small ones are repeated until they are enough for the kernel of the others.
+
+    torch gives a bf16 product to oneDNN only above 16**3 multiplications, and its own kernel has other bits.
+    """
+    num_products = a_XIJ.numel() * b_XJK.shape[-1]
+    if num_products > SMALL_PRODUCTS or a_XIJ.device.type != "cpu":
         return torch.bmm(a_XIJ, b_XJK)
-    return torch.bmm(a_XIJ.repeat(2, 1, 1), b_XJK.repeat(2, 1, 1))[:1]
+    times = SMALL_PRODUCTS // num_products + 1
+    return torch.bmm(a_XIJ.repeat(times, 1, 1), b_XJK.repeat(times, 1, 1))[: len(a_XIJ)]
 
 
 def _to_groups(q: Tensor, piece: Piece, heads: Heads) -> Tensor:

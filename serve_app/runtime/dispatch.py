@@ -54,7 +54,7 @@ class MeshExperts:
         self._own_rank = group.index(name)
         self._num_calls = 0
         self._awaited: dict[int, Tensor | None] = {}
-        self._merges = host.dtype == torch.bfloat16
+        self._merges = host.dtype == torch.bfloat16 and host.device.type == "cpu"  # where it is known to hold
         self._merging: int | None = None  # the layer whose calls are being collected
         self._collected: list[_Rows] = []
         self._latest: dict[str, tuple[int, int]] = {}  # sender -> layer of its last call, layers in a row with one

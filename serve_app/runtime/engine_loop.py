@@ -184,9 +184,16 @@ class EngineLoop:
             return
         members = [self._member(*seat) for seat in form.seats]
         self._awaited = {member.name for member in members}
+        self._await_joined(form)
         for member in members:
             self._mesh.connect(member.name, member.address)
             self._mesh.send(member.name, Join(form.epoch, members, form.tables[member.stage], form.router))
+
+    def _await_joined(self, form: Form) -> None:
+        missing = ", ".join(sorted(self._awaited)[:3]) + (", ..." if len(self._awaited) > 3 else "")
+        self._not_ready(
+            f"{len(self._awaited)} of {len(form.seats)} workers have yet to join epoch {form.epoch}: {missing}"
+        )
 
     def _member(self, name: str, stage: int, replica: int, shard: int) -> Member:
         hello = self._hellos[name]
@@ -195,7 +202,10 @@ class EngineLoop:
     def _joined(self, name: str) -> None:
         form = self._form
         self._awaited.discard(name)
-        if form is None or self._awaited or form.epoch == self.epoch:
+        if form is None or form.epoch == self.epoch:
+            return
+        if self._awaited:
+            self._await_joined(form)
             return
         self._seats = {Seat(*seat): worker for worker, *seat in form.seats}
         num_pages = min(self._hellos[worker].num_pages for worker in self._seats.values())

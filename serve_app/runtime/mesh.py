@@ -5,7 +5,6 @@ where they leave the host every socket uses CURVE with the cell's key, and only 
 """
 
 import logging
-import math
 import threading
 from collections import Counter
 from types import TracebackType
@@ -145,7 +144,7 @@ class Mesh:
 
     def receive(self, timeout_s: float | None = 0.0) -> Received | None:
         """The next message; None when none comes within `timeout_s` (None: wait for ever)."""
-        if not self._inbox.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)):
+        if not self._inbox.poll(None if timeout_s is None else round(timeout_s * 1000)):
             return None
         header, *frames = self._inbox.recv_multipart(zmq.NOBLOCK, copy=False)
         try:

@@ -61,9 +61,12 @@ def test_in_bf16_the_same_shards_give_the_same_bits_alone_and_in_a_batch(name):
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="the promise is for CPUs that multiply bf16 natively")
-@pytest.mark.parametrize("num_shards", [2, 4])
-def test_a_shard_with_one_kv_head_decodes_to_the_same_bits_alone_and_in_a_batch(num_shards):
-    spec = replace(MOE, num_heads=8, num_kv_heads=2, head_dim=16)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "num_shards"), [(8, 2, 2), (8, 2, 4), (4, 2, 3), (4, 4, 4), (4, 4, 2)]
+)
+@pytest.mark.parametrize("head_dim", [2, 8, 16, 32])
+def test_small_heads_decode_to_the_same_bits_alone_and_in_a_batch(num_heads, num_kv_heads, num_shards, head_dim):
+    spec = replace(MOE, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     driver = Driver(random_checkpoint(spec, seed=8), dtype=torch.bfloat16, num_shards=num_shards)
     draw = random.Random(9)
     prompts = [[draw.randrange(spec.vocab_size) for _ in range(draw.randrange(100, 300))] for _ in range(12)]
