@@ -1,4 +1,4 @@
-"""Spans as a Chrome trace, for chrome://tracing or ui.perfetto.dev: a row for each worker, bubbles are `idle` and `wait`."""
+"""Spans as a Chrome trace (chrome://tracing, ui.perfetto.dev): a row for each worker; bubbles are `idle` and `wait`."""
 
 import json
 from collections.abc import Mapping, Sequence
