@@ -5,7 +5,7 @@
 Two workloads on the reference model, each on a cell of processes of its own: one prompt of 20,480 tokens, and a batch
 of 256 short sequences. What is compared is the peak of the resident memory (VmHWM) between the moment when the workers
 are ready and the end of the workload: after it less is held. The KV pool is not much larger than the workloads need, so
-that nothing is small beside it. On the small machine each prompt takes minutes. Exits with 1 where a worker is off by
+that nothing is small beside it. On the small machine a prompt takes minutes. Exits with 1 where a worker is off by
 more than the tolerance.
 """
 
@@ -34,7 +34,7 @@ from serve_app.runtime.settings import check, layout_of, slots_of
 
 MODEL = "reference"
 KV_GIB = 0.8  # of all workers of a replica: 26,214 tokens
-LAYOUTS = ["1x1x1", "1x2x1", "1x2x2", "2x2x1"]  # TP x PP x DP
+LAYOUTS = ["1x1x1", "1x2x1", "1x2x2", "2x2x1", "4x4x2"]  # TP x PP x DP
 WORKLOADS = {"prompt": Workload(1, 20_480, 8), "batch": Workload(256, 32, 16)}
 MIB = 2**20
 

@@ -20,10 +20,11 @@ from serve_app.model.spec import ModelSpec
 PROCESS_BYTES = 267 << 20
 RAY_ACTOR_BYTES = 304 << 20  # the same imports and a product, in an actor of Ray 2.60
 
-# oneDNN keeps a kernel for each shape of a product: 0.55 MiB each, whatever the shape (80 shapes measured). Of those
-# that can occur 126 of 190 did within a batch of 256 and one long prompt (ONEDNN_VERBOSE=profile_create).
+# oneDNN keeps a kernel for each shape of a product: 0.55 MiB each, whatever the shape (80 shapes measured). Which are
+# met is a matter of the traffic. A batch of 256 and one long prompt made 120 on one worker of the reference model
+# (ONEDNN_VERBOSE=profile_create), of 141 counted as `num_kernels` does. In a long life there can be MAX_KERNELS.
 KERNEL_BYTES = 576_000
-KERNELS_MET = 0.65
+KERNELS_MET = 0.8
 MAX_KERNELS = 1024  # ONEDNN_PRIMITIVE_CACHE_CAPACITY
 
 # What a step holds at its peak over the tensors that are alive then: the allocator's pieces between them. Measured:
@@ -37,7 +38,7 @@ _PACKED_BYTES = 2  # of bf16, of which oneDNN takes a copy in its own layout
 # As in `model.tiles`.
 _KV_BLOCK_TOKENS = 128
 _SCRATCH_BYTES = 4 << 20
-_TILE_QUERIES = (1, 16, 32, 48, 64)
+_TILES_MET = {1: 16, 32: 8, 64: 8}  # width: how many different numbers of tiles of it come together; others are rare
 
 
 @dataclass(frozen=True)
@@ -216,35 +217,30 @@ class _Worker:
 
     def kernels_bytes(self, num_tokens: int, num_sampled: int) -> int:
         if self.dtype_bytes != _PACKED_BYTES:
-            return 0  # fp32 products do not come from oneDNN's cache
-        num_possible = self._num_linear_kernels(num_tokens, num_sampled) + self._num_attention_kernels(
-            num_tokens, num_sampled
-        )
-        return int(min(KERNELS_MET * num_possible, MAX_KERNELS)) * KERNEL_BYTES
+            return 0  # fp32 products are not oneDNN's
+        return int(min(KERNELS_MET * self.num_kernels(num_tokens, num_sampled), MAX_KERNELS)) * KERNEL_BYTES
 
-    def _num_linear_kernels(self, num_tokens: int, num_sampled: int) -> int:
-        """q, k, v and output see all tokens; gate and shared expert the own; experts up to twice their fair share."""
-        spec = self.spec
-        num_own = _ceil(num_tokens, self.layout.num_shards)
-        per_expert = _ceil(2 * self.layout.num_replicas * num_tokens * spec.top_k, spec.num_experts)
-        num_own_products = (not spec.is_dense) + 3 * (spec.shared_size is not None)
+    def num_kernels(self, num_tokens: int, num_sampled: int) -> int:
+        """Steps are full, or they decode: any number of rows up to those that are sampled.
+
+        Projections, gate and shared expert see these; an expert up to twice its fair share, of all replicas' rows.
+        """
+        spec, num_replicas = self.spec, self.layout.num_replicas
+        num_products = 2 + (not spec.is_dense) + 3 * (spec.shared_size is not None)
+        fair_rows = _ceil(num_replicas * num_tokens * spec.top_k, spec.num_experts)
         return (
-            2 * num_row_sizes(num_tokens)
-            + num_own_products * num_row_sizes(num_own)
-            + 2 * num_row_sizes(min(per_expert, self.layout.num_replicas * num_tokens))
+            num_products * (num_row_sizes(num_sampled) + 1)
+            + 2 * num_row_sizes(min(2 * fair_rows, num_replicas * num_tokens))
             + self.is_last * num_row_sizes(num_sampled)
+            + 2 * sum(self._num_tile_counts(width, num_tokens, num_sampled) for width in _TILES_MET)
         )
 
-    def _num_attention_kernels(self, num_tokens: int, num_sampled: int) -> int:
-        """Two products for each width of a tile and number of tiles in a piece."""
-        return 2 * sum(self._num_tiles(width, num_tokens, num_sampled) for width in _TILE_QUERIES)
-
-    def _num_tiles(self, width: int, num_tokens: int, num_sampled: int) -> int:
-        """The most tiles of `width` queries in a piece, as `model.tiles` cuts them."""
+    def _num_tile_counts(self, width: int, num_tokens: int, num_sampled: int) -> int:
+        """How many tiles of `width` queries come together: a piece is cut as `model.tiles` does it."""
         num_rows = width * self.num_heads // self.num_kv_heads
         tile_bytes = 4 * self.num_kv_heads * _KV_BLOCK_TOKENS * (num_rows + self.spec.head_dim)
         num_there = num_sampled if width == 1 else _ceil(num_tokens, width)
-        return min(max(1, _SCRATCH_BYTES // tile_bytes), num_there)
+        return min(max(1, _SCRATCH_BYTES // tile_bytes), num_there, _TILES_MET[width])
 
 
 def num_row_sizes(max_rows: int) -> int:
