@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,16 @@ DEFAULT_BATCHES = (1, 8, 32, 64)
 DEFAULT_CONFIG = Path("deployments/config.yaml")
 
 Model = Annotated[str, typer.Option(help="`demo`, `reference` (random weights), a folder, or a Hugging Face hub id")]
+
+
+class Role(StrEnum):
+    """What a drill can strike: `drill.targets` tells what that is."""
+
+    WORKER = "worker"
+    ROUTER = "router"
+    ENGINE = "engine"
+    INGRESS = "ingress"
+    NODE = "node"
 
 
 def main() -> None:
@@ -186,6 +197,41 @@ def bench(
         layout["stage_layers"] = stage_layers.split(",")
     threads = threads or max(1, (os.cpu_count() or 1) // (tp * pp * dp))
     run_all(Target(model, url, layout, threads), workloads, trace=trace, as_json=json, console=err)
+
+
+@app.command()
+def drill(
+    url: Annotated[str, typer.Option(help="the server")] = "http://127.0.0.1:8000",
+    kill: Annotated[
+        list[Role] | None, typer.Option(help="what to kill; may be given several times; default: worker")
+    ] = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="stop the processes instead (SIGSTOP)")] = False,
+    thaw_after: Annotated[
+        float | None, typer.Option(min=0.0, help="seconds; with --freeze; default: at the end of the drill")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="strikes in each role")] = 1,
+    every: Annotated[float, typer.Option(min=0.0, help="seconds from strike to strike, at least")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the requests, the moments and the victims")] = 0,
+    streams: Annotated[int, typer.Option(min=1, max=1024, help="at a time")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, max=100_000, help="of an answer, at most")] = 48,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print what was found as JSON")] = False,
+) -> None:
+    """Kill processes of a running cell under load, and see whether any stream noticed.
+
+    The same requests run undisturbed first, then again and again under kills:
+    each stream must end, with the same tokens. Run it on a machine of the
+    cell's Ray cluster. Times of notice compare this cluster's clocks.
+
+    Ends with status 0 if no stream failed or differs and the cell was whole
+    again after each strike.
+    """
+    from serve_app.drill.drill import Settings
+    from serve_app.drill.show import run_drill
+
+    roles = dict.fromkeys(kill or [Role.WORKER])
+    settings = Settings(url, [role.value for role in roles], freeze, thaw_after, count, every, seed, streams, tokens)
+    raise typer.Exit(run_drill(settings, yes=yes, as_json=json, console=err))
 
 
 @app.command()

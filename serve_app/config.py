@@ -55,6 +55,17 @@ class LimitsConfig(_Section):
     max_prompts: Count = Field(256, description="prompts in one HTTP request, times the answers asked of each")
 
 
+class ResilienceConfig(_Section):
+    """What the cell does about those that die."""
+
+    spares: int = Field(0, ge=0, description="warm workers without a seat: one takes the seat of a dead one at once")
+    hung_s: float = Field(2.0, gt=0.5, description="seconds without a sign of life after which a worker is killed")
+    stuck_s: float = Field(60.0, gt=1, description="seconds that a worker's loop may take for one turn")
+    step_limit_s: float = Field(120.0, gt=1, description="seconds after which a step is held to wait for a lost message")
+    orphan_s: float = Field(60.0, gt=5, description="seconds that workers and router wait for a new engine")
+    resume_s: float = Field(30.0, ge=0, description="seconds that a stream is kept for a client that lost its ingress")
+
+
 class OctavoConfig(_Section):
     """The arguments of `serve_app.app:build`."""
 
@@ -72,6 +83,7 @@ class OctavoConfig(_Section):
     worker: WorkerConfig = WorkerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     limits: LimitsConfig = LimitsConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
 
     @property
     def served_name(self) -> str:

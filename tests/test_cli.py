@@ -111,6 +111,30 @@ def test_a_server_that_speaks_otherwise_is_no_traceback(stranger):
     assert_refused("does not answer as SGLang", "bench", "--url", stranger, "--batch", "2")
 
 
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("http://127.0.0.1:1 does not answer", ["--url", "http://127.0.0.1:1"]),
+        ("http://[ does not answer", ["--url", "http://["]),
+        ("--thaw-after is for what --freeze froze", ["--thaw-after", "3"]),
+        ("a node is killed, not frozen", ["--freeze", "--kill", "worker", "--kill", "node"]),
+    ],
+)
+def test_a_drill_that_cannot_be_held_is_refused(words, arguments):
+    assert_refused(words, "drill", "--yes", *arguments)
+
+
+def test_a_stranger_is_not_drilled(stranger):
+    assert_refused("/health answered 501", "drill", "--yes", "--url", stranger)
+
+
+@pytest.mark.parametrize("arguments", [["--kill", "somebody"], ["--count", "0"], ["--streams", "0"]])
+def test_a_drill_with_bad_options_is_not_understood(arguments):
+    status, printed, complaint = octavo("drill", "--yes", *arguments)
+    assert (status, printed, "Traceback" in complaint) == (2, "", False)
+    assert arguments[0] in complaint
+
+
 def test_only_the_demo_can_be_verified():
     assert_refused("--verify is for the demo model", "fetch", "someone/something", "--verify")
 

@@ -20,7 +20,7 @@ from serve_app.bench.measure import Advance, BenchError, Figures, Trace, Workloa
 from serve_app.bench.settings import WARM_UP, bench_config, check_context, requests_of
 from serve_app.bench.trace import write_trace
 from serve_app.config import OctavoConfig
-from serve_app.engine.core import EngineCore
+from serve_app.engine.members import Enroll, Spawn, Stop
 from serve_app.engine.plan import Submit
 from serve_app.errors import OctavoError
 from serve_app.experts.layout import Seat
@@ -29,13 +29,13 @@ from serve_app.fetch.hub import resolve
 from serve_app.fetch.progress import silent
 from serve_app.model.checkpoint import Checkpoint
 from serve_app.model.timing import Span
-from serve_app.runtime.engine_loop import EngineLoop
+from serve_app.runtime.engine_loop import EngineLoop, Order, cell_core
 from serve_app.runtime.load import load
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.router import Registry
-from serve_app.runtime.settings import check, engine_config, layout_of, slots_of
-from serve_app.runtime.wire import Attach, Form, From, Message, Record, Report, Spans, Status, Stop, Tokens
+from serve_app.runtime.settings import check, layout_of, slots_of
+from serve_app.runtime.wire import Attach, From, Message, Record, Report, Spans, Status, Tokens
 from serve_app.runtime.worker import Worker
 
 NAME = "bench"
@@ -76,13 +76,15 @@ class CellBench:
         self._mesh = self._stack.enter_context(Mesh())
         self._router_mesh = self._stack.enter_context(Mesh())
         self._mesh.connect(ENGINE, engine_mesh.address)
-        core = EngineCore(engine_config(config, spec, layout.num_stages))
-        self._loop = Thread(target=EngineLoop(core, engine_mesh).run, name="engine-loop", daemon=True)
+
+        def order(order: Order) -> None:
+            if isinstance(order, Spawn) and order.seat is not None:
+                self._spawn(order.seat, stages[order.seat.stage], order.pairs, engine_mesh.address)
+
+        loop = EngineLoop(cell_core(config, spec), engine_mesh, order)
+        self._loop = Thread(target=loop.run, name="engine-loop", daemon=True)
         self._loop.start()
-        for seat, pairs in registry.pairs().items():
-            self._spawn(seat, stages[seat.stage], pairs, engine_mesh.address)
-        seats = [(name, *seat) for name, seat in zip(self._processes, registry.pairs(), strict=True)]
-        self._mesh.send(ENGINE, Form(1, seats, self._router_mesh.address, registry.tables()))
+        self._mesh.send(ENGINE, Enroll(registry.tables(), self._router_mesh.address))
         self._await_ready()
         self.run(WARM_UP, lambda num_tokens: None)
 
@@ -189,12 +191,11 @@ def _work(name: str, config: OctavoConfig, seat: Seat, layers: range, pairs: lis
     Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     try:
         weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
-        loaded = load(weights, config, layers, seat.shard, pairs)
+        with Mesh() as mesh:
+            mesh.connect(ENGINE, engine_address)
+            Worker(name, lambda seat, pairs: load(weights, config, layers, seat.shard, pairs), mesh, seat, pairs).run()
     except OctavoError as error:
         sys.exit(f"worker {name}: {error}")
-    with Mesh() as mesh:
-        mesh.connect(ENGINE, engine_address)
-        Worker(name, loaded, mesh).run()
 
 
 def _end_with_parent() -> None:

@@ -1,11 +1,12 @@
-"""The cell's keeper: reserves resources, starts the router and the workers, and fills the seats of those that die.
+"""The cell's keeper: reserves resources, starts the router and the workers, and watches that they live.
 
-It tells the engine loop what it knows by messages, like everybody else: which seats make the next epoch, who was lost,
-and what is missing as long as the cluster has no place for all workers.
+It decides nothing about the membership: the engine loop orders (spawn, kill), and hears by messages, like everybody
+else, who was lost and what is missing as long as the cluster has no place for all workers. Workers and router outlive
+the engine; a keeper begins by adopting those that an earlier engine has left.
 """
 
 import logging
-import threading
+import queue
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,25 +15,26 @@ import ray
 
 from serve_app.cluster.driver import end_serve_run
 from serve_app.cluster.groups import Groups, Places
+from serve_app.cluster.kin import ASK_S, ROUTER_NAME, Kin, Names
 from serve_app.cluster.node import Network
 from serve_app.cluster.router import RouterActor
 from serve_app.cluster.worker import WorkerActor
 from serve_app.config import OctavoConfig
+from serve_app.engine.members import Enroll, Formed, Kill, Lost, Spawn, StageTable
 from serve_app.errors import OctavoError
 from serve_app.experts.layout import Seat
-from serve_app.experts.placement import Pair
 from serve_app.model.spec import ModelSpec
-from serve_app.runtime.engine_loop import EngineLoop
+from serve_app.runtime.engine_loop import EngineLoop, Order
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.settings import layout_of, slots_of
-from serve_app.runtime.wire import Form, Lost, Phase, StageTable
+from serve_app.runtime.wire import Phase
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 1.0  # how often the keeper looks around while all is well; a death wakes it at once
-FORM_S = 0.25  # and while seats are empty
-ANSWER_S = 30.0  # that the router may take for an answer
-RESPAWN_S = (0.0, 1.0, 5.0, 30.0)  # pauses before the first, second, ... respawn of one seat in a row; then it is over
+LOOK_S = 0.25  # how often the keeper looks for places while somebody waits for one
+WATCH_S = 1.0  # and otherwise; orders and deaths wake it at once
+ANSWER_S = 30.0  # that a new router may take for an answer
+RESPAWN_S = (0.0, 1.0, 5.0, 30.0)  # pauses before the first, second, ... respawn of one seat in a row
 SAY_AFTER_S = 1.0  # that resources are missing: Ray takes a moment, and counts what it is giving us as taken
 LOG_AFTER_S = 5.0
 LOG_EVERY_S = 30.0
@@ -41,9 +43,19 @@ LOG_EVERY_S = 30.0
 @dataclass
 class _Worker:
     name: str
-    seat: Seat
+    seat: Seat | None
+    place: Seat
     actor: Any
     run: "ray.ObjectRef[None]"  # ends when the worker does, with the reason
+    late_s: float  # when it should have said Hello
+
+
+@dataclass
+class _Wanted:
+    """A worker that is to be started as soon as there is a place for it."""
+
+    order: Spawn
+    due_s: float
 
 
 @dataclass
@@ -55,69 +67,296 @@ class _Wait:
     said: str = ""
 
 
+@dataclass
+class _Ended:
+    """An actor's call has ended: it is dead."""
+
+    name: str
+
+
+class _Stopping:
+    """To the keeper's own thread."""
+
+
 class Cell:
     """Router and workers of one model instance. `run` keeps them alive; it lives in a thread of its own."""
 
     def __init__(
-        self, config: OctavoConfig, spec: ModelSpec, network: Network, engine_address: str, loop: EngineLoop
+        self, app: str, config: OctavoConfig, spec: ModelSpec, network: Network, engine_address: str
     ) -> None:
+        """`app`: what tells this cell's actors from another's in the same cluster."""
         self._config = config
         self._spec = spec
         self._network = network
-        self._loop = loop
+        self._names = Names(app)
         self._layout, self._stages = layout_of(config, spec)
         self._slots = slots_of(config, spec)
-        self._groups = Groups(self._layout, config.worker)
+        self._groups = Groups(self._names.prefix, self._layout, config.worker, config.resilience.spares)
+        self._nodes: dict[Seat, str] = {}
         self._wait: _Wait | None = None
         self._router: Any = None
+        self._tables: list[StageTable] = []
+        self._formed: Formed | None = None
         self._engine_address = engine_address
         self._mesh = network.mesh()  # only to speak
         self._mesh.connect(ENGINE, engine_address)
-        self._workers: dict[Seat, _Worker] = {}
-        self._num_deaths: dict[Seat, int] = {}  # in a row, without an epoch between them
-        self._respawn_s: dict[Seat, float] = {}  # not before this time
-        self._num_spawned = 0
-        self._epoch = 0
-        self._due_s: float | None = None  # of the epoch that is formed; None while seats are empty
-        self._stopping = threading.Event()
+        self._workers: dict[str, _Worker] = {}
+        self._wanted: list[_Wanted] = []
+        self._num_deaths: dict[Seat | None, int] = {}  # in a row, without an epoch between them
+        self._inbox: queue.SimpleQueue[Order | _Ended | _Stopping] = queue.SimpleQueue()
+        self._stopping = False
+        self._late_s = 0.0
 
     @property
     def router(self) -> Any:
         """The router's actor handle; None before there is one."""
         return self._router
 
-    def run(self) -> None:
-        """Form the cell, and form it anew whenever one of its workers has died, until `stop`."""
+    def order(self, order: Order) -> None:
+        """What the engine loop wants. Does not wait."""
+        self._inbox.put(order)
+
+    def run(self, loop: EngineLoop) -> None:
+        """Bring the cell to life, and keep it alive until `stop`."""
+        self._loop = loop
         try:
-            while not self._stopping.is_set():
+            self._begin()
+            while not self._stopping:
                 self._advance()
-                self._bury(self._await_deaths())
         except OctavoError as error:
             self._give_up(cause_of(error))
         except Exception as error:
-            if not self._stopping.is_set():
+            if not self._stopping:
                 log.exception("the cell's keeper failed")
                 self._give_up(f"the cell could not be kept: {cause_of(error)}")
 
     def stop(self) -> None:
-        """End the workers and the router, and give their resources back. They do not outlive their engine yet."""
-        self._stopping.set()
-        for worker in list(self._workers.values()):
-            ray.kill(worker.actor)
-        if self._router is not None:
-            ray.kill(self._router)
+        """End the workers and the router, and give their resources back."""
+        self._stopping = True
+        self._inbox.put(_Stopping())
+        for kin in self._names.living_workers():
+            ray.kill(kin.actor)
+        if (router := self._names.router()) is not None:
+            ray.kill(router)
         self._groups.remove()
 
-    def _advance(self) -> None:
-        if self._due_s is not None:
-            self._check_begun(self._due_s)
-            return
-        places = self._groups.look()
-        if places.are_complete:
-            self._wait = None
-            self._fill(places)
-        else:
+    # -- at the beginning -----------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Adopt who is there; the engine loop orders the others. A router is there before anybody else."""
+        found = self._adopt(self._names.living_workers())
+        self._late_s = time.monotonic() + self._config.worker.ready_timeout_s
+        while not found and not self._stopping:
+            places = self._look()
+            if places.are_complete:
+                break
             self._say_what_is_missing(places)
+            time.sleep(LOOK_S)
+        self._enroll(found)
+
+    def _adopt(self, kin: list[Kin]) -> list[Kin]:
+        """Those who answer, and were started for the same config, are ours; the others are ended."""
+        asked = {worker.actor.adopt.remote(self._engine_address, self._config): worker for worker in kin}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_S) if asked else ([], [])
+        ours = []
+        for ref, worker in asked.items():
+            if ref in answered and _is_true(ref):
+                ours.append(worker)
+                self._watch(worker.name, worker.seat, worker.place, worker.actor, None)
+            else:
+                log.warning("worker %s of an earlier engine is ended: it does not answer", worker.name)
+                ray.kill(worker.actor)
+        return ours
+
+    def _enroll(self, found: list[Kin]) -> None:
+        address, self._tables = self._ask_router()
+        seats = [worker.seat for worker in found if worker.seat is not None]
+        num_spares = sum(worker.seat is None for worker in found)
+        self._mesh.send(ENGINE, Enroll(self._tables, address, seats, num_spares))
+
+    def _ask_router(self) -> tuple[str, list[StageTable]]:
+        """Its address, and the placement at full strength. A router that died, or hangs, is replaced."""
+        for attempt in (1, 2):
+            try:
+                if self._router is None:
+                    self._router = self._names.router() or self._start_router()
+                    self._watch_router()
+                limit_s = ASK_S if attempt == 1 and self._epoch else ANSWER_S
+                refs = [self._router.address.remote(), self._router.settle.remote(self._nodes)]
+                return ray.get(refs, timeout=limit_s)  # type: ignore[return-value]
+            except ray.exceptions.RayError as error:
+                log.warning("the router did not answer: %s", cause_of(error))
+                self._end(self._router)
+                self._router = None
+        raise OctavoError(f"no router could be started within {ANSWER_S:g} s")
+
+    def _start_router(self) -> Any:
+        actor: Any = ray.remote(RouterActor).options(
+            num_cpus=0, name=self._names.actor(ROUTER_NAME), lifetime="detached", get_if_exists=True
+        )
+        seed = (self._tables, self._formed) if self._tables else None
+        orphan_s = self._config.resilience.orphan_s
+        return actor.remote(
+            self._layout, self._stages, self._spec.num_experts, self._slots, self._network, orphan_s, seed
+        )
+
+    def _watch_router(self) -> None:
+        self._router.wait.remote().future().add_done_callback(lambda _: self._inbox.put(_Ended(ROUTER_NAME)))
+
+    def _end(self, actor: Any) -> None:
+        if actor is not None:
+            ray.kill(actor)
+
+    @property
+    def _epoch(self) -> int:
+        return self._loop.epoch
+
+    # -- what happens ---------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        try:
+            event = self._inbox.get(timeout=LOOK_S if self._wanted else WATCH_S)
+        except queue.Empty:
+            event = None
+        match event:
+            case Spawn():
+                self._want(event)
+            case Kill(name, why):
+                self._kill(name, why)
+            case Formed():
+                self._record(event)
+            case _Ended(name):
+                self._bury(name)
+        if self._wanted and not self._stopping:
+            self._fill()
+        self._check_late()
+
+    def _want(self, order: Spawn) -> None:
+        num_deaths = min(self._num_deaths.get(order.seat, 0), len(RESPAWN_S))
+        pause_s = RESPAWN_S[num_deaths - 1] if num_deaths else 0.0
+        self._wanted.append(_Wanted(order, time.monotonic() + pause_s))
+
+    def _record(self, formed: Formed) -> None:
+        """An epoch has begun: the deaths before it are forgiven."""
+        self._formed = formed
+        for name, *seat in formed.seats:
+            self._num_deaths.pop(Seat(*seat), None)
+            if name in self._workers:
+                self._workers[name].late_s = float("inf")
+        if self._router is not None:
+            self._router.record.remote(formed)
+
+    def _kill(self, name: str, why: str) -> None:
+        log.warning("worker %s is killed: %s", name, why)
+        worker = self._workers.get(name)
+        if worker is not None:
+            ray.kill(worker.actor)
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def _look(self) -> Places:
+        places = self._groups.look()
+        self._nodes = places.nodes
+        return places
+
+    def _fill(self) -> None:
+        """Start those that are due and have a place."""
+        now = time.monotonic()
+        if not any(wanted.due_s <= now for wanted in self._wanted):
+            return
+        places = self._look()
+        for wanted in [wanted for wanted in self._wanted if wanted.due_s <= now]:
+            place = self._place_for(wanted.order.seat)
+            if place is not None:
+                self._wanted.remove(wanted)
+                self._spawn(wanted, place)
+        if any(wanted.due_s <= now for wanted in self._wanted):
+            self._say_what_is_missing(places)
+        else:
+            self._wait = None
+
+    def _place_for(self, seat: Seat | None) -> Seat | None:
+        """The seat's own place if it is free: a spare that took the seat lives elsewhere, and its place is free then."""
+        taken = {worker.place for worker in self._workers.values()}
+        seats = self._layout.seats() if seat is None else [seat]
+        for place in [*(self._groups.spare_places() if seat is None else seats), *self._groups.spare_places(), *seats]:
+            if place in self._nodes and place not in taken:
+                return place
+        return None
+
+    def _spawn(self, wanted: _Wanted, place: Seat) -> None:
+        """Does not wait: Ray starts them side by side."""
+        name = self._names.new_worker(wanted.order.seat, place)
+        wants = self._config.worker
+        worker: Any = ray.remote(WorkerActor).options(
+            name=self._names.actor(name),
+            lifetime="detached",
+            num_cpus=wants.num_cpus,
+            num_gpus=wants.num_gpus,
+            scheduling_strategy=self._groups.bundle(place),
+        )
+        actor = worker.remote()
+        run = actor.run.remote(
+            name,
+            self._config,
+            wanted.order.seat,
+            self._stages,
+            wanted.order.pairs,
+            self._network,
+            self._engine_address,
+            self._groups.name(place),
+        )
+        self._watch(name, wanted.order.seat, place, actor, run)
+
+    def _watch(self, name: str, seat: Seat | None, place: Seat, actor: Any, run: Any) -> None:
+        run = actor.wait.remote() if run is None else run
+        late_s = time.monotonic() + self._config.worker.ready_timeout_s
+        self._workers[name] = _Worker(name, seat, place, actor, run, late_s)
+        run.future().add_done_callback(lambda _: self._ended(name))
+
+    def _ended(self, name: str) -> None:
+        """Called by Ray's own thread, the moment it knows: the engine loop hears of it without a detour."""
+        worker = self._workers.get(name)
+        if worker is not None and not self._stopping:
+            self._mesh.send(ENGINE, Lost(name, "its process ended", worker.seat))
+            self._inbox.put(_Ended(name))
+
+    def _bury(self, name: str) -> None:
+        """Take the dead off the list. An OctavoError goes up: a respawn would only meet it again."""
+        if self._stopping:
+            return
+        if name == ROUTER_NAME:
+            self._loop.note("router", "the router was lost: nothing waits for it, another is started", self._epoch)
+            self._router = None
+            self._enroll([])
+            return
+        worker = self._workers.pop(name)
+        why = self._last_words(worker)
+        log.info("worker %s was lost: %s", name, why)
+        ray.kill(worker.actor)  # it may only be out of reach, and would keep its place
+        num_deaths = self._num_deaths[worker.seat] = self._num_deaths.get(worker.seat, 0) + 1
+        if num_deaths > len(RESPAWN_S) and not self._epoch:
+            raise OctavoError(f"a worker died {num_deaths} times before it was ready: {why}")
+
+    def _last_words(self, worker: _Worker) -> str:
+        """Why a worker's call ended."""
+        try:
+            ray.get(worker.run, timeout=ANSWER_S)
+        except OctavoError:
+            raise
+        except ray.exceptions.RayError as error:
+            return cause_of(error)
+        return "it left"
+
+    def _check_late(self) -> None:
+        """A worker that has not been in an epoch in time is dead; a cell whose first epoch does not begin is over."""
+        now = time.monotonic()
+        if not self._epoch and now > self._late_s:
+            raise self._late(self._loop.reason)
+        for worker in [worker for worker in self._workers.values() if worker.late_s < now]:
+            worker.late_s = float("inf")
+            if worker.seat is not None:
+                self._kill(worker.name, f"it was not ready within {self._config.worker.ready_timeout_s:g} s")
 
     # -- resources ------------------------------------------------------------------------------------------------
 
@@ -133,7 +372,7 @@ class Cell:
         if sentence != self._wait.said:
             self._wait.said = sentence
             self._mesh.send(ENGINE, Phase(sentence))
-        if waited_s > self._config.worker.ready_timeout_s:
+        if waited_s > self._config.worker.ready_timeout_s and not self._epoch:
             raise self._late(sentence)
         if waited_s >= self._wait.log_s:
             self._wait.log_s += LOG_EVERY_S
@@ -143,115 +382,21 @@ class Cell:
         limit_s = self._config.worker.ready_timeout_s
         return OctavoError(f"the workers were not ready within {limit_s:g} s (`worker.ready_timeout_s`): {reason}")
 
-    # -- an epoch -------------------------------------------------------------------------------------------------
-
-    def _fill(self, places: Places) -> None:
-        """Fill the empty seats whose pause is over; when none is left, call all seats into a new epoch."""
-        now = time.monotonic()
-        empty = [seat for seat in self._layout.seats() if seat not in self._workers]
-        due = [seat for seat in empty if self._respawn_s.get(seat, now) <= now]
-        if not due:
-            return
-        address, (tables, pairs) = self._ask_router(places.nodes)
-        for seat in due:
-            self._workers[seat] = self._spawn(seat, pairs[seat])
-        if due == empty:
-            self._form(address, tables)
-
-    def _form(self, address: str, tables: list[StageTable]) -> None:
-        self._epoch += 1
-        self._due_s = time.monotonic() + self._config.worker.ready_timeout_s
-        form = Form(self._epoch, [(self._workers[seat].name, *seat) for seat in self._layout.seats()], address, tables)
-        self._router.record.remote(form)
-        self._mesh.send(ENGINE, form)
-
-    def _ask_router(self, nodes: dict[Seat, str]) -> tuple[str, tuple[list[StageTable], dict[Seat, list[Pair]]]]:
-        """Its address, the tables of all stages, and what each seat is to hold. A router that died is replaced."""
-        for attempt in (1, 2):
-            try:
-                if self._router is None:
-                    self._router = self._start_router()
-                return ray.get(
-                    [self._router.address.remote(), self._router.settle.remote(nodes)],
-                    timeout=ANSWER_S if attempt == 1 and self._epoch else self._config.worker.ready_timeout_s,
-                )  # type: ignore[return-value]
-            except ray.exceptions.RayError as error:
-                log.warning("the router did not answer: %s", cause_of(error))
-                self._router = None
-        raise OctavoError(f"no router could be started within {self._config.worker.ready_timeout_s:g} s")
-
-    def _start_router(self) -> Any:
-        actor: Any = ray.remote(RouterActor).options(num_cpus=0)
-        return actor.remote(self._layout, self._stages, self._spec.num_experts, self._slots, self._network)
-
-    def _spawn(self, seat: Seat, pairs: list[Pair]) -> _Worker:
-        """Does not wait: Ray starts them side by side."""
-        self._num_spawned += 1
-        name = f"w{seat.stage}.{seat.replica}.{seat.shard}#{self._num_spawned}"
-        wants = self._config.worker
-        worker: Any = ray.remote(WorkerActor).options(
-            num_cpus=wants.num_cpus, num_gpus=wants.num_gpus, scheduling_strategy=self._groups.bundle(seat)
-        )
-        actor = worker.remote()
-        layers = self._stages[seat.stage]
-        run = actor.run.remote(name, self._config, seat, layers, pairs, self._network, self._engine_address)
-        return _Worker(name, seat, actor, run)
-
-    def _check_begun(self, due_s: float) -> None:
-        """The epoch that is formed begins in time, or the cell is over. With its beginning, deaths are forgiven."""
-        if self._loop.epoch == self._epoch:
-            self._num_deaths.clear()
-        elif time.monotonic() > due_s:
-            raise self._late(self._loop.reason)
-
-    # -- deaths ---------------------------------------------------------------------------------------------------
-
-    def _await_deaths(self) -> list[_Worker]:
-        """The workers whose call has ended, as soon as there is one."""
-        by_run = {worker.run: worker for worker in self._workers.values()}
-        limit_s = FORM_S if self._due_s is None else WATCH_S
-        if not by_run:
-            self._stopping.wait(limit_s)
-            return []
-        ended, running = ray.wait(list(by_run), num_returns=1, timeout=limit_s)
-        if ended and running:  # a node may have taken several along
-            ended += ray.wait(running, num_returns=len(running), timeout=0)[0]
-        return [by_run[run] for run in ended]
-
-    def _bury(self, dead: list[_Worker]) -> None:
-        """Empty the seats of the dead."""
-        for worker in dead if not self._stopping.is_set() else ():
-            why = self._last_words(worker)
-            log.warning("worker %s was lost: %s", worker.name, why)
-            self._mesh.send(ENGINE, Lost(worker.name, why))
-            ray.kill(worker.actor)  # it may only be out of reach, and would keep its place
-            del self._workers[worker.seat]
-            self._due_s = None
-            self._pause(worker.seat, why)
-
-    def _pause(self, seat: Seat, why: str) -> None:
-        """Before the seat is filled again: the longer, the more often its workers died."""
-        num_deaths = self._num_deaths[seat] = self._num_deaths.get(seat, 0) + 1
-        if num_deaths > len(RESPAWN_S):
-            raise OctavoError(f"a worker died {num_deaths} times before it was ready: {why}")
-        self._respawn_s[seat] = time.monotonic() + RESPAWN_S[num_deaths - 1]
-
-    def _last_words(self, worker: _Worker) -> str:
-        """Why a worker's call ended. An OctavoError goes up: a respawn would only meet it again."""
-        try:
-            ray.get(worker.run, timeout=ANSWER_S)
-        except OctavoError:
-            raise
-        except ray.exceptions.RayError as error:
-            return cause_of(error)
-        return "it left"
-
     def _give_up(self, reason: str) -> None:
         log.error("%s", reason)
         self._mesh.send(ENGINE, Phase(reason))
+        for worker in list(self._workers.values()):
+            ray.kill(worker.actor)
         self._groups.remove()
-        if not self._stopping.is_set():
+        if not self._stopping:
             end_serve_run(reason)
+
+
+def _is_true(ref: Any) -> bool:
+    try:
+        return ray.get(ref) is True
+    except ray.exceptions.RayError:
+        return False
 
 
 def cause_of(error: BaseException) -> str:

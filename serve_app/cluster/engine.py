@@ -1,38 +1,43 @@
 """The engine as a Serve deployment: one per cell. Two threads: its loop over the mesh, and the keeper of its cell."""
 
 import asyncio
+import os
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
 
 from serve_app.cluster.cell import Cell, cause_of
+from serve_app.cluster.kin import Names
 from serve_app.cluster.node import Network, choose_network, log_to_stderr
 from serve_app.config import OctavoConfig
-from serve_app.engine.core import EngineCore
+from serve_app.engine.members import Stop
 from serve_app.errors import OctavoError
 from serve_app.model.spec import ModelSpec
-from serve_app.runtime.engine_loop import EngineLoop
+from serve_app.runtime.engine_loop import EngineLoop, cell_core
 from serve_app.runtime.names import ENGINE
-from serve_app.runtime.settings import engine_config
-from serve_app.runtime.snapshot import CellView
-from serve_app.runtime.wire import Stop
+from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
 PLACEMENT_S = 5.0  # that the router may take to say what it knows
+HEALTH_S = 1.0  # between two of Serve's looks: a dead engine is noticed by them
 
 
 class EngineService:
     def __init__(self, config: OctavoConfig, spec: ModelSpec) -> None:
         log_to_stderr()
-        self._network = choose_network(config.network)
+        app = serve.get_replica_context().app_name
+        found = Names(app).network()
+        self._network = found or choose_network(config.network)
         self._mesh = self._network.mesh()
         self._mesh.connect(ENGINE, self._mesh.address)  # to stop its own loop
-        core = EngineCore(engine_config(config, spec, config.layout.pp))
-        loop = EngineLoop(core, self._mesh)
-        self._loop = threading.Thread(target=loop.run, name="engine-loop", daemon=True)
-        self._cell = Cell(config, spec, self._network, self._mesh.address, loop)
-        self._keeper = threading.Thread(target=self._cell.run, name="cell-keeper", daemon=True)
+        self._cell = Cell(app, config, spec, self._network, self._mesh.address)
+        self._core = EngineLoop(cell_core(config, spec), self._mesh, self._cell.order, config.resilience.resume_s)
+        if found is not None:
+            self._core.note("adopted", "a new engine goes on with the workers that are there")
+        self._loop = threading.Thread(target=self._core.run, name="engine-loop", daemon=True)
+        self._keeper = threading.Thread(target=self._cell.run, args=(self._core,), name="cell-keeper", daemon=True)
         self._loop.start()
         self._keeper.start()
 
@@ -53,16 +58,36 @@ class EngineService:
             raise OctavoError(f"the router cannot be asked: {cause_of(error)}") from None
         return view
 
+    def events(self) -> list[EventView]:
+        """The cell's history since this engine began, oldest first."""
+        return list(self._core.history)
+
+    async def processes(self) -> list[ProcessView]:
+        """Every process of the cell that is known to live."""
+        node = ray.get_runtime_context().get_node_id()
+        views = [ProcessView("engine", "engine", os.getpid(), node, "live"), *self._core.processes()]
+        router = self._cell.router
+        if router is not None:
+            with suppress(TimeoutError, ray.exceptions.RayError):  # it is being replaced
+                views.append(await asyncio.wait_for(router.process.remote(), PLACEMENT_S))
+        return views
+
     def check_health(self) -> None:
         """Serve replaces an engine whose threads have ended."""
         if not (self._loop.is_alive() and self._keeper.is_alive()):
             raise RuntimeError("a thread of the engine has ended")
 
     def __del__(self) -> None:
-        self._mesh.send(ENGINE, Stop())
-        self._cell.stop()
+        """Serve ends this engine. One that broke leaves its workers to the next."""
+        if self._loop.is_alive() and self._keeper.is_alive():
+            self._mesh.send(ENGINE, Stop())
+            self._cell.stop()
 
 
 ENGINE_DEPLOYMENT: Any = serve.deployment(
-    name="Engine", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
+    name="Engine",
+    num_replicas=1,
+    max_ongoing_requests=100,
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=HEALTH_S,
 )(EngineService)

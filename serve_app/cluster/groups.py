@@ -1,7 +1,8 @@
 """The resources of a cell in Ray's hands: one placement group for each TP group, one bundle in it for each worker.
 
 A TP group exchanges the most, so with GPUs it stays on one node, whose links are the fast ones. Ray finds a new place
-for what a dead node held; groups that somebody removed are asked for again. All go when the engine's process ends.
+for what a dead node held; groups that somebody removed are asked for again. They outlive the engine, as the workers in
+them do; the next engine finds them by their names. A worker that ends as an orphan gives its group back.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from serve_app.cluster.resources import Demand, Held, Node, bundle_of, shortage
 from serve_app.config import WorkerConfig
 from serve_app.experts.layout import Layout, Seat
 
-_Key = tuple[int, int]  # stage, replica
+_Key = tuple[int, int]  # stage, replica; (-1, i) is the i-th spare's
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class Places:
     nodes: dict[Seat, str]
     held: Held
 
-    @property
-    def are_complete(self) -> bool:
-        return self.held.num_groups == self.demand.num_groups
+    are_complete: bool  # every seat has its place; spares may lack theirs
 
     def shortage(self, waited_s: float) -> str:
         """What the others wait for."""
@@ -37,7 +36,10 @@ class Places:
 class Groups:
     """The placement groups of one layout. Nothing is reserved before the first `look`."""
 
-    def __init__(self, layout: Layout, wants: WorkerConfig) -> None:
+    def __init__(self, prefix: str, layout: Layout, wants: WorkerConfig, num_spares: int = 0) -> None:
+        """`prefix`: of the groups' names in Ray."""
+        self._prefix = prefix
+        self._spares = [(-1, i) for i in range(num_spares)]
         self._keys = sorted({(seat.stage, seat.replica) for seat in layout.seats()})
         self._demand = Demand(
             num_groups=len(self._keys),
@@ -57,11 +59,23 @@ class Groups:
             if state == "CREATED":
                 num_placed += 1
                 nodes |= {Seat(*key, shard): place for shard, place in enumerate(places)}
-        return Places(self._demand, nodes, Held(num_placed, num_held))
+        for key in self._spares:
+            state, places = self._see(key)
+            if state == "CREATED":
+                nodes[Seat(*key, 0)] = places[0]
+        return Places(self._demand, nodes, Held(num_placed, num_held), num_placed == len(self._keys))
 
-    def bundle(self, seat: Seat) -> PlacementGroupSchedulingStrategy:
-        """For the options of the seat's actor. The seat must have its place."""
-        return PlacementGroupSchedulingStrategy(self._groups[seat.stage, seat.replica], seat.shard)
+    def bundle(self, place: Seat) -> PlacementGroupSchedulingStrategy:
+        """For the options of the actor that lives there. The place must be among those that the last look found."""
+        return PlacementGroupSchedulingStrategy(self._groups[place.stage, place.replica], place.shard)
+
+    def spare_places(self) -> list[Seat]:
+        """Where spares live: seats that are none."""
+        return [Seat(*key, 0) for key in self._spares]
+
+    def name(self, place: Seat) -> str:
+        """Of the group that a place is in, for `remove_group`."""
+        return f"{self._prefix}{place.stage}.{place.replica}"
 
     def remove(self) -> None:
         """Give all back. Ray ends the workers in them."""
@@ -72,7 +86,7 @@ class Groups:
     def _see(self, key: _Key) -> tuple[str, list[str]]:
         """Ray's word for the group's state, and the node of each of its bundles: "" where it has none."""
         if key not in self._groups:
-            self._groups[key] = self._reserve()
+            self._groups[key] = self._find(key) or self._reserve(key)
         table = ray.util.placement_group_table(self._groups[key])
         if not table or table["state"] == "REMOVED":
             self._groups.pop(key, None)  # the next look asks anew
@@ -80,10 +94,32 @@ class Groups:
         places = table["bundles_to_node_id"]
         return table["state"], [places[shard] for shard in sorted(places)]
 
-    def _reserve(self) -> PlacementGroup:
-        bundles = [dict(self._demand.bundle) for _ in range(self._demand.group_workers)]
-        group: PlacementGroup = ray.util.placement_group(bundles, "STRICT_PACK" if self._demand.on_one_node else "PACK")
+    def _find(self, key: _Key) -> PlacementGroup | None:
+        """What an earlier engine has reserved."""
+        return _group_named(self.name(Seat(*key, 0)))
+
+    def _reserve(self, key: _Key) -> PlacementGroup:
+        num_bundles = 1 if key in self._spares else self._demand.group_workers
+        bundles = [dict(self._demand.bundle) for _ in range(num_bundles)]
+        strategy = "STRICT_PACK" if self._demand.on_one_node else "PACK"
+        name = self.name(Seat(*key, 0))
+        group: PlacementGroup = ray.util.placement_group(bundles, strategy, name=name, lifetime="detached")
         return group
+
+
+def remove_group(name: str) -> None:
+    """Give a group back, if it is there still. Ray ends whoever lives in it."""
+    group = _group_named(name)
+    if group is not None:
+        ray.util.remove_placement_group(group)
+
+
+def _group_named(name: str) -> PlacementGroup | None:
+    try:
+        group: PlacementGroup = ray.util.get_placement_group(name)
+    except ValueError:
+        return None
+    return group
 
 
 def _living_nodes() -> list[Node]:

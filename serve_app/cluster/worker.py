@@ -1,34 +1,85 @@
-"""The worker actor: a process under Ray's eye around `runtime.worker`. Its one call lasts as long as it lives."""
+"""The worker actor: a process under Ray's eye around `runtime.worker`.
 
+It is detached: it outlives the engine that started it, and ends when it is told to, when it is killed, or when no
+engine has been heard for long. A later engine finds it by its name, and adopts it.
+"""
+
+import asyncio
+import os
+
+import ray
+
+from serve_app.cluster.groups import remove_group
 from serve_app.cluster.node import Network, log_to_stderr
 from serve_app.config import OctavoConfig
 from serve_app.experts.layout import Seat
 from serve_app.experts.placement import Pair
 from serve_app.runtime.names import ENGINE
+from serve_app.runtime.wire import Adopt
+
+LINGER_S = 5.0  # before the process ends: for Ray to carry the last words to whoever waits for them
 
 
 class WorkerActor:
-    def run(
+    async def run(
         self,
         name: str,
         config: OctavoConfig,
-        seat: Seat,
-        layers: range,
+        seat: Seat | None,
+        stages: list[range],
         pairs: list[Pair],
         network: Network,
         engine_address: str,
+        group: str,
     ) -> None:
-        """Load, say hello to the engine, and serve until stopped. Errors of loading are this call's errors."""
+        """Load, say hello to the engine, and serve until stopped. Errors of loading are this call's errors.
+
+        `group`: the name of the placement group that it lives in, which it gives back should it end as an orphan.
+        """
+        log_to_stderr()
+        self._ended = asyncio.Event()
+        self._name, self._config, self._network = name, config, network
+        self._mesh = network.mesh()
+        self._mesh.connect(ENGINE, engine_address)
+        self._own = network.mesh()  # to speak to its own inbox
+        self._own.connect(name, self._mesh.address)
+        try:
+            await asyncio.to_thread(self._work, seat, stages, pairs)
+            remove_group(group)  # nobody else is left to do it; a living engine would have asked for it again
+        finally:
+            self._ended.set()
+            asyncio.get_running_loop().call_later(LINGER_S, os._exit, 0)
+
+    def _work(self, seat: Seat | None, stages: list[range], pairs: list[Pair]) -> None:
         # torch is for this process alone: the engine, which imports this module too, stays small without it
         from serve_app.fetch.hub import resolve
         from serve_app.fetch.progress import silent
         from serve_app.model.checkpoint import Checkpoint
-        from serve_app.runtime.load import load
+        from serve_app.runtime.load import Loaded, load
         from serve_app.runtime.worker import Worker
 
-        log_to_stderr()
+        config = self._config
         weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
-        loaded = load(weights, config, layers, seat.shard, pairs)
-        with network.mesh() as mesh:
-            mesh.connect(ENGINE, engine_address)
-            Worker(name, loaded, mesh).run()
+
+        def load_seat(seat: Seat, pairs: list[Pair]) -> Loaded:
+            return load(weights, config, stages[seat.stage], seat.shard, pairs)
+
+        node = ray.get_runtime_context().get_node_id()
+        with self._mesh as mesh:
+            orphan_s = config.resilience.orphan_s
+            Worker(self._name, load_seat, mesh, seat, pairs, node=node, orphan_s=orphan_s).run()
+
+    async def wait(self) -> None:
+        """Return when the worker has ended: for an engine that did not start it."""
+        await self._ended.wait()
+
+    async def network(self) -> Network:
+        return self._network
+
+    async def adopt(self, engine_address: str, config: OctavoConfig) -> bool:
+        """Say Hello to a new engine. False: it wants other workers than this one."""
+        if config == self._config:
+            self._own.send(self._name, Adopt(engine_address))
+        return config == self._config
+
+

@@ -4,16 +4,18 @@ Nothing here reads a clock, draws a random number or waits: the Ray cluster, the
 all drive this same object, and a run can be replayed from its events.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import msgspec
 
-from serve_app.engine.plan import Begin, Cancel, Command, Emit, Event, Run, StepDone, Submit
+from serve_app.engine.plan import Begin, Cancel, Command, Emit, Event, Plan, Run, StepDone, Submit
 from serve_app.engine.request import Emission, FinishReason, Request
 from serve_app.engine.scheduler import EngineConfig, Scheduler, Totals
 from serve_app.engine.sequence import Sequence
 
 __all__ = ["EngineConfig", "EngineCore", "EngineStats"]
+
+MAX_KEPT = 10_000  # requests that have ended, kept for those who ask again
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -31,33 +33,38 @@ class EngineStats(msgspec.Struct, frozen=True):
     finished_total: dict[FinishReason, int]
     steps_total: int
     num_stale: int  # step results of another epoch, dropped
+    replayed_total: int = 0  # running requests that were added again, because their replica or their engine was lost
 
 
 class EngineCore:
     """`on(event, now)` is all there is to drive; `stats` and `check_integrity` look on.
 
-    A rid is known from its Submit to its last Emission. Before the first Begin, or while there is no replica,
-    requests wait.
+    A rid is known from its Submit until `keep_s` after its last Emission. Before the first Begin, or while there is no
+    replica, requests wait.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.epoch = -1
-        self._schedulers: list[Scheduler] = []
+        self._schedulers: dict[int, Scheduler] = {}  # by replica; those that rest have none
         self._live: dict[str, Sequence] = {}  # in order of arrival
+        self._kept: OrderedDict[str, tuple[float, Sequence]] = OrderedDict()  # ended: until when they are remembered
         self._totals = Totals()
         self._finished: Counter[FinishReason] = Counter()
         self._num_submitted = 0
         self._num_stale = 0
+        self._now_s = 0.0
 
     def on(self, event: Event, now: float) -> list[Command]:
         """Take one event; return what follows. Plans come first: the stages should not wait for the ingress.
 
-        `now` is in seconds, of any monotonic clock; nothing is due by time yet.
+        `now` is in seconds, of any monotonic clock.
         """
-        emissions = self._handle(event)
-        commands: list[Command] = []
-        for scheduler in self._schedulers:
+        self._now_s = now
+        self._forget_kept()
+        reruns, emissions = self._handle(event)
+        commands: list[Command] = [Run(plan) for plan in reruns]
+        for scheduler in self._schedulers.values():
             while (plan := scheduler.next_plan()) is not None:
                 commands.append(Run(plan))
         commands.extend([Emit(emission) for emission in emissions])
@@ -65,12 +72,12 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done. O(replicas)."""
-        num_running = sum(len(s.running) for s in self._schedulers)
-        num_pages = sum(s.pool.num_pages for s in self._schedulers)
+        num_running = sum(len(s.running) for s in self._schedulers.values())
+        num_pages = sum(s.pool.num_pages for s in self._schedulers.values())
         return EngineStats(
             running=num_running,
             waiting=len(self._live) - num_running,
-            kv_usage=sum(s.pool.num_held for s in self._schedulers) / num_pages if num_pages else 0.0,
+            kv_usage=sum(s.pool.num_held for s in self._schedulers.values()) / num_pages if num_pages else 0.0,
             num_pages=num_pages,
             prompt_tokens_total=self._totals.prompt_tokens,
             generation_tokens_total=self._totals.generation_tokens,
@@ -80,35 +87,43 @@ class EngineCore:
             finished_total=dict(self._finished),
             steps_total=self._totals.num_steps,
             num_stale=self._num_stale,
+            replayed_total=self._totals.num_replayed,
         )
 
     def check_integrity(self) -> None:
         """Assert the conservation laws: of pages, and requests in = running + waiting + out. O(everything)."""
-        for scheduler in self._schedulers:
+        for scheduler in self._schedulers.values():
             scheduler.check_integrity()
-        placed = [rid for s in self._schedulers for rid in (*s.running, *s.waiting)]
+        placed = [rid for s in self._schedulers.values() for rid in (*s.running, *s.waiting)]
         homeless = [rid for rid, seq in self._live.items() if seq.replica < 0]
         assert sorted(placed + homeless) == sorted(self._live), "a request is lost or in two places"
         assert self._num_submitted == len(self._live) + self._finished.total(), "requests in differ from those out"
 
-    def _handle(self, event: Event) -> list[Emission]:
+    def _handle(self, event: Event) -> tuple[list[Plan], list[Emission]]:
+        """Plans to run again, and emissions."""
         match event:
             case StepDone():
-                return self._step_done(event)
+                return [], self._step_done(event)
             case Submit(request):
-                return self._submit(request)
+                return [], self._submit(request)
             case Cancel(rid):
-                return self._cancel(rid)
+                return [], self._cancel(rid)
             case Begin():
                 return self._begin(event)
 
     def _submit(self, request: Request) -> list[Emission]:
-        if request.rid in self._live:
-            return []
+        if (known := self._known(request.rid)) is not None:
+            again = known.again(len(request.emitted))
+            return [again] if again.tokens or again.finish else []
         seq = Sequence(request, self._num_submitted, self.config.eos_token_ids, self.config.max_context_tokens)
         self._num_submitted += 1
+        self._totals.num_replayed += bool(request.emitted)
         self._live[seq.rid] = seq
         return self._place(seq)
+
+    def _known(self, rid: str) -> Sequence | None:
+        kept = self._kept.get(rid)
+        return self._live.get(rid) if kept is None else kept[1]
 
     def _cancel(self, rid: str) -> list[Emission]:
         seq = self._live.get(rid)
@@ -124,28 +139,48 @@ class EngineCore:
         if done.epoch != self.epoch:
             self._num_stale += 1
             return []
-        if not 0 <= done.replica < len(self._schedulers):
+        scheduler = self._schedulers.get(done.replica)
+        if scheduler is None:
             return []
-        emissions = self._schedulers[done.replica].step_done(done)
+        emissions = scheduler.step_done(done)
         for emission in emissions:
             if emission.finish is not None:
                 self._forget(emission)
         return emissions
 
-    def _begin(self, begin: Begin) -> list[Emission]:
-        """A new membership: no KV and no step in flight survives, so every request is a fresh add of its tokens."""
+    def _begin(self, begin: Begin) -> tuple[list[Plan], list[Emission]]:
+        """A new membership. Kept replicas run their steps in flight again; who was on others is added afresh.
+
+        So is, without loss, who only waits: there may be a better place now.
+        """
         if begin.epoch <= self.epoch:
-            return []
+            return [], []
         self.epoch = begin.epoch
-        self._schedulers = [
-            Scheduler(self.config, begin.epoch, replica, begin.num_pages, self._totals)
+        before = self._schedulers
+        self._schedulers = {
+            replica: before[replica]
+            if replica in begin.kept and replica in before
+            else Scheduler(self.config, begin.epoch, replica, begin.num_pages, self._totals)
             for replica in range(begin.num_replicas)
-        ]
-        emissions = []
+            if replica not in begin.resting
+        }
+        reruns: list[Plan] = []
+        emissions: list[Emission] = []
+        for replica, scheduler in self._schedulers.items():
+            if scheduler is before.get(replica):
+                reruns += scheduler.renew(begin.epoch)
+                for seq in scheduler.take_waiting():
+                    seq.replica = -1
         for seq in list(self._live.values()):
-            seq.restart()
-            emissions += self._place(seq)
-        return emissions
+            if seq.replica < 0 or self._schedulers.get(seq.replica) is not before.get(seq.replica, None):
+                emissions += self._replay(seq)
+        return reruns, emissions
+
+    def _replay(self, seq: Sequence) -> list[Emission]:
+        """A fresh add of all its tokens."""
+        self._totals.num_replayed += bool(seq.num_done or seq.num_in_flight)
+        seq.restart()
+        return self._place(seq)
 
     def _place(self, seq: Sequence) -> list[Emission]:
         """Give `seq` to the replica with the least work left then (what its prefix cache holds is none), or end it."""
@@ -153,17 +188,24 @@ class EngineCore:
         seq.limit_tokens = seq.max_tokens
         if self._schedulers:
             # the pool must hold all tokens but the last; what it cannot hold ends the request, it cannot block it
-            capacity_tokens = self._schedulers[0].pool.num_pages * self.config.page_tokens
-            seq.limit_tokens = min(seq.max_tokens, capacity_tokens + 1)
+            num_pages = min(scheduler.pool.num_pages for scheduler in self._schedulers.values())
+            seq.limit_tokens = min(seq.max_tokens, num_pages * self.config.page_tokens + 1)
         if (reason := seq.verdict()) is not None:
             emission = seq.end(reason)
             self._forget(emission)
             return [emission]
         if self._schedulers:
-            min(self._schedulers, key=lambda s: s.load_tokens - s.hit_tokens(seq)).add(seq)
+            min(self._schedulers.values(), key=lambda s: s.load_tokens - s.hit_tokens(seq)).add(seq)
         return []
 
     def _forget(self, emission: Emission) -> None:
-        del self._live[emission.rid]
+        """Out of the living; its tokens are kept for a while."""
+        seq = self._live.pop(emission.rid)
         assert emission.finish is not None
         self._finished[emission.finish] += 1
+        if emission.finish != "abort" and self.config.keep_s > 0:
+            self._kept[emission.rid] = (self._now_s + self.config.keep_s, seq)
+
+    def _forget_kept(self) -> None:
+        while self._kept and (len(self._kept) > MAX_KEPT or next(iter(self._kept.values()))[0] <= self._now_s):
+            self._kept.popitem(last=False)

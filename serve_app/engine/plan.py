@@ -35,8 +35,9 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
 
     epoch: int
     replica: int
-    step: int  # grows by one per (replica, step issued); never reused within an epoch
+    step: int  # grows by one per (replica, step issued); never reused for other slices
     slices: list[Slice]
+    after: int = -1  # the step of this epoch that comes before it; -1: it is the first. Workers run them in this order
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
@@ -53,14 +54,25 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True, tag="begin"):
-    """A membership is in place: replicas [0, num_replicas) are ready, each with `num_pages` KV pages."""
+    """A membership is in place: of the replicas [0, num_replicas) all but the `resting` are ready.
+
+    Each has `num_pages` KV pages. Those in `kept` have still what was in them: their workers are those of the epoch
+    before, and every step that was booked has been through all of them.
+    """
 
     epoch: int
     num_replicas: int
     num_pages: int
+    resting: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """A request. One whose rid is known is not run twice: its tokens behind `emitted` are emitted again, in one piece.
+
+    So whoever lost a stream, or its engine, submits it again, with what it has.
+    """
+
     request: Request
 
 

@@ -32,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_step_tokens: int = 1024  # of one step, prefill and decode together
     eos_token_ids: tuple[int, ...] = ()
     prefix_cache: bool = True
+    keep_s: float = 0.0  # how long the tokens of an ended request are kept for whoever lost its stream
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "max_context_tokens", "page_tokens", "max_running", "max_step_tokens"):
@@ -45,6 +46,7 @@ class Totals:
 
     num_steps: int = 0
     num_preemptions: int = 0
+    num_replayed: int = 0  # running requests that were added again because their replica or engine was lost
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_query_tokens: int = 0
@@ -57,6 +59,14 @@ class _Part(msgspec.Struct, frozen=True):
     seq: Sequence
     end: int  # known tokens [0, end) have their KV when the step is done
     samples: bool
+
+
+class _Flight(msgspec.Struct):
+    """A step in flight."""
+
+    slices: list[Slice]
+    parts: list[_Part]
+    done: StepDone | None = None  # it is done, but a step before it is not yet: messages may overtake each other
 
 
 class Scheduler:
@@ -77,8 +87,9 @@ class Scheduler:
         self.load_tokens = 0  # outstanding work of all that wait or run
         self._prefilling: dict[str, Sequence] = {}
         self._ready: dict[str, Sequence] = {}
-        self._flights: dict[int, list[_Part]] = {}
+        self._flights: dict[int, _Flight] = {}  # in the order of their issue
         self._next_step = 0
+        self._last_step = -1  # of this epoch
 
     # -- requests in and out -----------------------------------------------------------------------------------
 
@@ -87,10 +98,36 @@ class Scheduler:
         return len(self._match(seq)) * self._config.page_tokens
 
     def add(self, seq: Sequence) -> None:
-        """Put `seq`, which has nothing computed, at the end of the queue."""
+        """Put `seq`, which has nothing computed, into the queue, before all that arrived later."""
         seq.replica = self._replica
-        self.waiting[seq.rid] = seq
+        self._enqueue(seq)
         self.load_tokens += seq.work_tokens
+
+    def _enqueue(self, seq: Sequence) -> None:
+        last = next(reversed(self.waiting.values()), None)
+        is_last = last is None or last.arrival < seq.arrival
+        later = [] if is_last else [s.rid for s in self.waiting.values() if s.arrival > seq.arrival]
+        self.waiting[seq.rid] = seq
+        for rid in later:
+            self.waiting.move_to_end(rid)
+
+    def renew(self, epoch: int) -> list[Plan]:
+        """Go on in a new epoch with all KV as it is: the steps in flight, which are to be run again."""
+        self._epoch = epoch
+        self._last_step = -1
+        return [self._plan(step, flight.slices) for step, flight in self._flights.items() if flight.done is None]
+
+    def _plan(self, step: int, slices: list[Slice]) -> Plan:
+        after, self._last_step = self._last_step, step
+        return Plan(self._epoch, self._replica, step, slices, after)
+
+    def take_waiting(self) -> list[Sequence]:
+        """Empty the queue: a new epoch may have a better place for those who only wait."""
+        taken = list(self.waiting.values())
+        for seq in taken:
+            self.load_tokens -= seq.work_tokens
+        self.waiting.clear()
+        return taken
 
     def drop(self, seq: Sequence) -> None:
         """Forget an ended sequence; pages that steps in flight may still write to are freed when those are done."""
@@ -115,18 +152,27 @@ class Scheduler:
         if not slices:
             return None
         step, self._next_step = self._next_step, self._next_step + 1
-        self._flights[step] = parts
+        self._flights[step] = _Flight(slices, parts)
         self._totals.num_steps += 1
-        return Plan(self._epoch, self._replica, step, slices)
+        return self._plan(step, slices)
 
     def step_done(self, done: StepDone) -> list[Emission]:
-        """Book a finished step: its KV is there, its tokens are emitted. An unknown or repeated step is ignored."""
-        parts = self._flights.get(done.step)
-        if parts is None:
+        """Book a finished step: its KV is there, its tokens are emitted. An unknown or repeated step is ignored.
+
+        A pipeline ends its steps in the order of their issue; one that is told of too early is booked in its turn.
+        """
+        flight = self._flights.get(done.step)
+        if flight is None or flight.done is not None:
             return []
-        assert done.step == next(iter(self._flights)), "a pipeline ends its steps in the order of their issue"
-        assert len(done.tokens) == sum(part.samples for part in parts), "one token for each slice that samples"
-        del self._flights[done.step]
+        assert len(done.tokens) == sum(part.samples for part in flight.parts), "one token for each slice that samples"
+        flight.done = done
+        emissions = []
+        while self._flights and (flight := next(iter(self._flights.values()))).done is not None:
+            del self._flights[flight.done.step]
+            emissions += self._book(flight.parts, flight.done)
+        return emissions
+
+    def _book(self, parts: list[_Part], done: StepDone) -> list[Emission]:
         answers = iter(zip(done.tokens, done.logprobs, strict=True))
         emissions = []
         for part in parts:
@@ -256,10 +302,7 @@ class Scheduler:
         self.load_tokens += seq.num_done
         self._release(seq)
         seq.restart()
-        earlier = [s.rid for s in self.waiting.values() if s.arrival < seq.arrival]  # preempted before it
-        self.waiting[seq.rid] = seq
-        for rid in (seq.rid, *reversed(earlier)):
-            self.waiting.move_to_end(rid, last=False)
+        self._enqueue(seq)
         self._totals.num_preemptions += 1
 
     def _stop_running(self, seq: Sequence) -> None:
@@ -297,7 +340,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that each page has as many references as holders, and that the sets and sums fit. O(all pages)."""
         self.pool.check_integrity()
-        in_flight = {id(part.seq): part.seq for parts in self._flights.values() for part in parts}
+        in_flight = {id(part.seq): part.seq for flight in self._flights.values() for part in flight.parts}
         holders = [*self.running.values(), *(s for s in in_flight.values() if s.finish is not None)]
         num_refs = [0] * self.pool.num_pages
         for page in (page for seq in holders for page in seq.pages):

@@ -1,5 +1,6 @@
 """A request on its way: its tokens, and how far one replica has come with them."""
 
+import math
 from collections.abc import Sequence as Row
 
 from serve_app.engine.plan import Sample
@@ -19,6 +20,7 @@ class Sequence:
         "end_ids",
         "finish",
         "limit_tokens",
+        "logprobs",
         "max_tokens",
         "num_cached",
         "num_done",
@@ -39,6 +41,8 @@ class Sequence:
         self.arrival = arrival  # the order in which requests came: who waits longer is served first
         self.tokens = [*request.prompt, *request.emitted]
         self.num_prompt = len(request.prompt)
+        # of the emitted tokens, where they are asked for; what another engine emitted is not known here
+        self.logprobs = [math.nan] * len(request.emitted) if sampling.logprobs else []
         self.max_tokens = min(self.num_prompt + sampling.max_new_tokens, max_context_tokens)
         self.limit_tokens = self.max_tokens  # or less, where the page pool is smaller
         self.end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else {*eos_token_ids})
@@ -102,7 +106,13 @@ class Sequence:
         self.tokens.append(token)
         self.finish = self.verdict()
         logprobs = [logprob] if self.request.sampling.logprobs else []
+        self.logprobs += logprobs
         return Emission(self.request.rid, self.num_emitted - 1, [token], logprobs, self.num_cached, self.finish)
+
+    def again(self, num_known: int) -> Emission:
+        """All emitted tokens but the first `num_known`, in one piece."""
+        tokens = self.tokens[self.num_prompt + num_known :]
+        return Emission(self.rid, num_known, tokens, self.logprobs[num_known:], self.num_cached, self.finish)
 
     def end(self, reason: FinishReason) -> Emission:
         """End without another token."""

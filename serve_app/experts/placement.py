@@ -46,7 +46,7 @@ class Placement:
 
     def held(self, rank: int) -> list[Pair]:
         """Pairs whose primary is this worker."""
-        return [pair for pair, ranks in self._homes() if ranks[0] == rank]
+        return [pair for pair, ranks in self._homes() if ranks[:1] == (rank,)]
 
     def standbys(self, rank: int) -> list[Pair]:
         """Pairs of which this worker has a standby copy."""

@@ -21,7 +21,7 @@ from serve_app.ingress.door import Door, Limits, ModelInfo
 from serve_app.ingress.faults import BadInputError
 from serve_app.ingress.health import ask, health_routes, json_response
 from serve_app.ingress.openapi import GENERATE_OPENAPI, OctavoApi
-from serve_app.ingress.sse import ClientGoneError, EventStream, sse_event, unless_gone
+from serve_app.ingress.sse import ClientGoneError, EventStream, Ticket, sse_event, unless_gone
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.telemetry.metrics import ServingMetrics
 
@@ -36,18 +36,28 @@ _CLIENT_GONE = 499  # nobody reads it
 class Dialect(Protocol):
     """A way to speak `POST /generate`. The modules `sglang` and `tgi` are two."""
 
-    def parse(self, body: bytes, door: Door) -> Call: ...
+    def parse(self, body: bytes, door: Door, ticket: Ticket) -> Call: ...
 
     def fault(self, error: OctavoError) -> tuple[int, bytes]: ...
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, model: ModelInfo, limits: Limits | None = None) -> FastAPI:
-    """The application. It holds no connection of its own: `engine` is all it talks to."""
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    model: ModelInfo,
+    limits: Limits | None = None,
+    *,
+    names_answers: bool = True,
+) -> FastAPI:
+    """The application. It holds no connection of its own: `engine` is all it talks to.
+
+    `names_answers`: answers of `/generate` carry the request's name as `x-request-id`. Serve adds that header itself.
+    """
     limits = limits or Limits()
     metrics = ServingMetrics(model.name, model.max_context_tokens)
     door = Door(tokenizer, model, limits)
     app = OctavoApi(title="Octavo", version=__version__, docs_url=None, redoc_url=None)  # those pages need a CDN
-    app.include_router(_generate_route(door, Runner(engine, tokenizer, metrics)))
+    app.include_router(_generate_route(door, Runner(engine, tokenizer, metrics), names_answers=names_answers))
     app.include_router(health_routes(engine, limits.max_status_wait_s))
     app.include_router(admin_routes(engine, limits.max_placement_wait_s))
     app.include_router(_info_routes(engine, model, metrics, limits.max_status_wait_s))
@@ -56,27 +66,39 @@ def create_app(engine: Engine, tokenizer: Tokenizer, model: ModelInfo, limits: L
     return app
 
 
-def _generate_route(door: Door, runner: Runner) -> APIRouter:
+def _generate_route(door: Door, runner: Runner, *, names_answers: bool) -> APIRouter:
     router = APIRouter(tags=["generate"])
 
     @router.post("/generate", openapi_extra=GENERATE_OPENAPI)
     async def generate(request: Request) -> Response:
         """Generate text. `text`, `input_ids` or `messages` speak SGLang's dialect, `inputs` TGI's."""
         dialect: Dialect = sglang
+        headers: dict[str, str] = {}
         try:
             body = await read_body(request, door.limits.max_body_bytes)
             dialect = _dialect(await _read(body, set_fields))
-            call = await _read(body, dialect.parse, door)
+            call = await _read(body, dialect.parse, door, _ticket(request))
+            headers = _headers(call) if names_answers else {}
             if call.stream:
-                return _stream(runner, dialect, call)
-            outputs = await unless_gone(request.receive, runner.answer(call.jobs))
-            return Response(call.answer(outputs), media_type="application/json")
+                return _stream(runner, dialect, call, headers)
+            outputs = await unless_gone(request.receive, runner.answer(call))
+            return Response(call.answer(outputs), headers=headers, media_type="application/json")
         except OctavoError as error:
-            return _refusal(dialect, error)
+            return _refusal(dialect, error, headers)
         except (ClientGoneError, ClientDisconnect):
             return Response(status_code=_CLIENT_GONE)
 
     return router
+
+
+def _ticket(request: Request) -> Ticket:
+    """An empty header is none: that is how a browser says that it has no last event."""
+    return Ticket(request.headers.get("x-request-id") or None, request.headers.get("last-event-id") or None)
+
+
+def _headers(call: Call) -> dict[str, str]:
+    """A name that is no header value came with the body: the client has it."""
+    return {"x-request-id": call.name} if call.name.isascii() and call.name.isprintable() else {}
 
 
 async def _read(body: bytes, read: Callable[..., T], *rest: Any) -> T:
@@ -97,18 +119,19 @@ def _dialect(fields: set[str]) -> Dialect:
     return tgi
 
 
-def _stream(runner: Runner, dialect: Dialect, call: Call) -> Response:
+def _stream(runner: Runner, dialect: Dialect, call: Call, headers: dict[str, str]) -> Response:
     return EventStream(
-        runner.run(call.jobs, call.events),
+        runner.run(call, call.events),
         call.end,
-        refuse=lambda error: _refusal(dialect, error),
+        headers,
+        refuse=lambda error: _refusal(dialect, error, headers),
         report=lambda error: sse_event(dialect.fault(error)[1]),
     )
 
 
-def _refusal(dialect: Dialect, error: OctavoError) -> Response:
+def _refusal(dialect: Dialect, error: OctavoError, headers: dict[str, str]) -> Response:
     status, body = dialect.fault(error)
-    return Response(body, status, media_type="application/json")
+    return Response(body, status, headers, media_type="application/json")
 
 
 def _info_routes(engine: Engine, model: ModelInfo, metrics: ServingMetrics, max_wait_s: float) -> APIRouter:

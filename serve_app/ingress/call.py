@@ -9,10 +9,12 @@ from serve_app.ingress.client import Engine
 from serve_app.ingress.door import Job
 from serve_app.ingress.faults import BadInputError, GenerationError
 from serve_app.ingress.output import Output, Piece
+from serve_app.ingress.sse import Progress
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.telemetry.metrics import ServingMetrics
 
 T = TypeVar("T")
+Update = tuple[int, Output, list[Piece]]
 Render = Callable[[int, Output, list[Piece]], T]  # index of the job, its output so far, what was just added
 
 
@@ -20,10 +22,20 @@ class Call(Protocol):
     """One validated HTTP request, in the words of its dialect."""
 
     @property
+    def name(self) -> str:
+        """By which it can be resumed: the client's, or ours."""
+        ...
+
+    @property
     def jobs(self) -> Sequence[Job]: ...
 
     @property
     def stream(self) -> bool: ...
+
+    @property
+    def progress(self) -> Progress:
+        """What the client has of the stream."""
+        ...
 
     @property
     def end(self) -> bytes:
@@ -35,7 +47,7 @@ class Call(Protocol):
         ...
 
     def events(self, index: int, output: Output, pieces: list[Piece]) -> bytes:
-        """What the stream says of an update of job `index`: whole SSE events, or nothing."""
+        """What the stream says of an update of job `index`: whole SSE events, or nothing where the client has it."""
         ...
 
 
@@ -46,37 +58,45 @@ class Runner:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._running: set[str] = set()  # the clients' names
+        self._running: dict[str, object] = {}  # the engine's name of a request -> the run that it belongs to
 
-    async def answer(self, jobs: Sequence[Job]) -> list[Output]:
+    async def answer(self, call: Call) -> list[Output]:
         """All jobs' finished outputs. When one fails the others are cancelled."""
-        async with aclosing(self.run(jobs, lambda index, output, _: (index, output))) as updates:
+        async with aclosing(self.run(call, lambda index, output, _: (index, output))) as updates:
             outputs = {index: output async for index, output in updates}
-        return [outputs[i] for i in range(len(jobs))]
+        return [outputs[i] for i in range(len(call.jobs))]
 
-    async def run(self, jobs: Sequence[Job], render: Render[T]) -> AsyncGenerator[T, None]:
+    async def run(self, call: Call, render: Render[T]) -> AsyncGenerator[T, None]:
         """Every update of every job as it comes, rendered. Closing this cancels what still runs.
 
-        Raises BadInputError if a job's rid is running already, GenerationError, EngineUnavailableError.
+        Raises BadInputError if one of the jobs is running already, unless the call is resumed: then it takes that
+        over. Raises GenerationError, EngineUnavailableError.
         """
-        with self._reserved([job.rid for job in jobs]):
-            updates = self._run_one(0, jobs[0], render) if len(jobs) == 1 else self._run_all(jobs, render)
-            async with aclosing(updates):
-                async for update in updates:
+        jobs = call.jobs
+        with self._reserved([job.request.rid for job in jobs], takes_over=call.progress.is_resumed):
+            rendered = self._run_alone(jobs[0], render) if len(jobs) == 1 else self._run_all(jobs, render)
+            async with aclosing(rendered):
+                async for update in rendered:
                     yield update
 
     @contextmanager
-    def _reserved(self, rids: list[str]) -> Iterator[None]:
-        taken = next((rid for rid in rids if rid in self._running), None)
-        if taken is not None:
+    def _reserved(self, rids: list[str], *, takes_over: bool) -> Iterator[None]:
+        if not takes_over and any(rid in self._running for rid in rids):
             raise BadInputError("rid", "a request of this name is running")
-        self._running.update(rids)
+        run = object()
+        self._running.update(dict.fromkeys(rids, run))
         try:
             yield
         finally:
-            self._running.difference_update(rids)
+            for rid in [rid for rid in rids if self._running.get(rid) is run]:
+                del self._running[rid]
 
-    async def _run_one(self, index: int, job: Job, render: Render[T]) -> AsyncGenerator[T, None]:
+    async def _run_alone(self, job: Job, render: Render[T]) -> AsyncGenerator[T, None]:
+        async with aclosing(self._run_one(0, job)) as updates:
+            async for update in updates:
+                yield render(*update)
+
+    async def _run_one(self, index: int, job: Job) -> AsyncGenerator[Update, None]:
         output = Output(self._tokenizer, job.stops, job.skip_special_tokens)
         with self._metrics.watch(len(job.request.prompt)) as watch:
             async with aclosing(self._engine.submit(job.request)) as emissions:
@@ -85,19 +105,21 @@ class Runner:
                     watch.generated(len(pieces))
                     if output.finish is not None:
                         watch.finished(output.finish.reason)
-                        yield render(index, output, pieces)
+                        yield index, output, pieces
                         return
-                    yield render(index, output, pieces)
+                    yield index, output, pieces
             raise GenerationError("the engine ended the answer before it was finished")
 
     async def _run_all(self, jobs: Sequence[Job], render: Render[T]) -> AsyncGenerator[T, None]:
         updates: asyncio.Queue[T | Exception | None] = asyncio.Queue(len(jobs))  # full: the client reads too slowly
+        turn = asyncio.Lock()  # events are sent in the order in which they are rendered: their ids count all sequences
 
         async def forward(index: int, job: Job) -> None:
             try:
-                async with aclosing(self._run_one(index, job, render)) as own:
+                async with aclosing(self._run_one(index, job)) as own:
                     async for update in own:
-                        await updates.put(update)
+                        async with turn:
+                            await updates.put(render(*update))
             except Exception as failure:  # raised again by whoever reads the queue
                 await updates.put(failure)
             else:

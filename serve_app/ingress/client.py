@@ -6,9 +6,10 @@ from typing import Protocol
 import msgspec
 
 from serve_app.engine.core import EngineStats
+from serve_app.engine.members import CellStats
 from serve_app.engine.request import Emission, Request
 from serve_app.errors import OctavoError
-from serve_app.runtime.snapshot import CellView
+from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
 
 class EngineUnavailableError(OctavoError):
@@ -23,6 +24,8 @@ class EngineStatus(msgspec.Struct, frozen=True):
     reason: str = ""  # while not ready: what is awaited
     page_tokens: int = 0  # tokens per KV page
     stats: EngineStats | None = None
+    epoch: int = 0
+    cell: CellStats | None = None  # None where the engine has no cell
 
 
 class Engine(Protocol):
@@ -41,4 +44,12 @@ class Engine(Protocol):
 
     async def placement(self) -> CellView:
         """Who holds what. Raises EngineUnavailableError; may take as long as the caller's patience."""
+        ...
+
+    async def events(self) -> list[EventView]:
+        """What has happened to the cell, the newest last. Raises and waits as `placement` does."""
+        ...
+
+    async def processes(self) -> list[ProcessView]:
+        """What the cell is made of. Raises and waits as `placement` does."""
         ...

@@ -1,10 +1,12 @@
 """The ingress as a Serve deployment: the FastAPI app over a connection to the cell's engine."""
 
+import os
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 
@@ -17,14 +19,15 @@ from serve_app.fetch.progress import silent
 from serve_app.ingress.api import create_app
 from serve_app.ingress.client import EngineStatus, EngineUnavailableError
 from serve_app.ingress.door import Limits, ModelInfo
+from serve_app.ingress.faults import TakenOverError
 from serve_app.model.spec import ModelSpec
 from serve_app.model.tokenizer import Tokenizer
-from serve_app.runtime.client import ConnectionLostError, EngineClient
+from serve_app.runtime import client as runtime
+from serve_app.runtime.client import EngineClient
 from serve_app.runtime.settings import max_context_tokens
-from serve_app.runtime.snapshot import CellView
+from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
-SILENT_S = 5.0  # an engine not heard for this long is not live
-LOST_S = 30.0  # and after this long it may have come back elsewhere
+HOLD_S = 10.0  # new traffic is welcome for so long without an engine: it waits for the next one
 
 
 class CellEngine:
@@ -36,32 +39,54 @@ class CellEngine:
         self._engine = engine
 
     async def submit(self, request: Request) -> AsyncGenerator[Emission, None]:
-        status = await self.status()
-        if not status.live or self._client.epoch == 0:  # later than its first epoch, a cell that re-forms goes on
-            raise EngineUnavailableError(status.reason)
+        if self._client.epoch == 0:  # later than its first epoch, a cell goes on whatever becomes of its engine
+            raise EngineUnavailableError((await self.status()).reason)
         try:
             async with aclosing(self._client.submit(request)) as emissions:
                 async for emission in emissions:
                     yield emission
-        except ConnectionLostError as error:
+        except runtime.ConnectionLostError as error:
             raise EngineUnavailableError(str(error)) from None
+        except runtime.TakenOverError as error:
+            raise TakenOverError(str(error)) from None
 
     async def status(self) -> EngineStatus:
-        latest, age_s = self._client.latest()
+        latest, _ = self._client.latest()
         if latest is None:
             return EngineStatus(live=False, ready=False, reason="the engine has not been heard yet")
-        if age_s > SILENT_S:
-            return EngineStatus(live=False, ready=False, reason=f"the engine has been silent for {age_s:.0f} s")
+        why, away_s = self._client.absence()
+        if why:
+            reason = f"the engine is being replaced, for {away_s:.0f} s now: {why}"
+            return EngineStatus(live=False, ready=latest.ready and away_s < HOLD_S, reason=reason)
         return EngineStatus(
-            live=True, ready=latest.ready, reason=latest.reason, page_tokens=self._page_tokens, stats=latest.stats
+            live=True,
+            ready=latest.ready,
+            reason=latest.reason,
+            page_tokens=self._page_tokens,
+            stats=latest.stats,
+            epoch=latest.epoch,
+            cell=latest.cell,
         )
 
     async def placement(self) -> CellView:
-        try:
-            view: CellView = await self._engine.placement.remote()
-        except Exception as error:  # a dead replica, a full queue, what the engine says: there is no answer
-            raise EngineUnavailableError(cause_of(error)) from None
+        view: CellView = await _answer(self._engine.placement)
         return view
+
+    async def events(self) -> list[EventView]:
+        events: list[EventView] = await _answer(self._engine.events)
+        return events
+
+    async def processes(self) -> list[ProcessView]:
+        processes: list[ProcessView] = await _answer(self._engine.processes)
+        return processes
+
+
+async def _answer(method: Any) -> Any:
+    """Of a method of the engine's deployment."""
+    try:
+        return await method.remote()
+    except Exception as error:  # a dead replica, a full queue, what the engine says: there is no answer
+        raise EngineUnavailableError(cause_of(error)) from None
 
 
 class IngressService:
@@ -69,9 +94,10 @@ class IngressService:
 
     async def __init__(self, config: OctavoConfig, spec: ModelSpec, created_unix_s: int, engine: Any) -> None:  # type: ignore[misc]
         log_to_stderr()
-        address, network = await engine.endpoint.remote()
+        _, network = await engine.endpoint.remote()
         name = f"ingress-{uuid.uuid4().hex[:8]}"
-        self._client = EngineClient(network.mesh(), address, name)
+        node = ray.get_runtime_context().get_node_id()
+        self._client = EngineClient(network.mesh(), lambda: _address(engine), name, os.getpid(), node)
         tokenizer = Tokenizer.load(resolve(config.model, silent, fetch=False))
         info = ModelInfo(
             name=config.served_name,
@@ -80,19 +106,25 @@ class IngressService:
             created=created_unix_s,
         )
         limits = Limits(max_body_bytes=config.limits.max_body_bytes, max_prompts=config.limits.max_prompts)
-        self._app = create_app(CellEngine(self._client, config.scheduler.page_tokens, engine), tokenizer, info, limits)
+        cell = CellEngine(self._client, config.scheduler.page_tokens, engine)
+        self._app = create_app(cell, tokenizer, info, limits, names_answers=False)
 
     def check_health(self) -> None:
-        """Serve replaces an ingress that has lost its engine; the new one asks where the engine is now."""
-        _, age_s = self._client.latest()
-        if age_s > LOST_S:
-            raise RuntimeError(f"the engine has not been heard for {age_s:.0f} s")
+        """Serve replaces an ingress that is broken itself. Without an engine it is not: its streams wait for one."""
+        if not self._client.is_alive:
+            raise RuntimeError("the connection to the engine has ended")
 
     def __del__(self) -> None:
         self._client.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+
+async def _address(engine: Any) -> str:
+    """Where the engine is now. The key is the cell's: it does not change."""
+    address, _ = await engine.endpoint.remote()
+    return str(address)
 
 
 # Serve's own queue is out of the way: what is too much is for the door to say.

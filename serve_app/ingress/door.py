@@ -1,13 +1,16 @@
 """What every dialect checks at the door: prompts, token budgets, stops, ranges. Everything here names its field."""
 
-import secrets
+import hashlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from serve_app.engine.request import Request, SamplingParams
 from serve_app.ingress.faults import BadInputError
+from serve_app.ingress.sse import Ticket
 from serve_app.model.tokenizer import Tokenizer
 
 MAX_SEED = (1 << 64) - 1
@@ -49,8 +52,8 @@ class Prompt:
 class Job:
     """One sequence to generate, and how its tokens become text.
 
-    The client's name for it is `rid`. The engine knows it by a name of our own, `request.rid`: clients of two
-    ingress replicas, or one that retries what it has just cancelled, may well choose the same.
+    The client's name for it is `rid`. The engine knows it by a name that follows from that and all else that makes the
+    answer (see `new_job`).
     """
 
     rid: str
@@ -66,6 +69,15 @@ class Door:
     tokenizer: Tokenizer
     model: ModelInfo
     limits: Limits
+
+    def name(self, ticket: Ticket) -> str:
+        """The name of a request whose body gives none: the header's, or one made here and told with the answer."""
+        if ticket.rid is not None:
+            most = self.limits.max_rid_chars
+            require(len(ticket.rid) <= most, "x-request-id", f"longer than {most} characters")
+            return ticket.rid
+        require(ticket.last_event_id is None, "Last-Event-ID", "names no request: its rid or x-request-id is needed")
+        return uuid.uuid4().hex
 
     def prompt_of_text(self, text: str, name: str) -> Prompt:
         require(bool(text), name, "empty")
@@ -131,8 +143,17 @@ class Door:
         return value if 0 < value < self.model.vocab_size else 0
 
 
-def new_request(prompt: Prompt, sampling: SamplingParams) -> Request:
-    return Request(uuid.uuid4().hex, prompt.tokens, sampling)
+def new_job(
+    rid: str, prompt: Prompt, sampling: SamplingParams, stops: tuple[str, ...], *, skip_special_tokens: bool = True
+) -> Job:
+    """The engine's name for a request is a digest of the client's name and of all that its tokens depend on.
+
+    So an ingress replica that is sent the same body names the same request, and finds the answer that another one
+    began; and nobody comes to an answer who does not know the whole question.
+    """
+    whole = msgspec.msgpack.encode((rid, prompt.tokens, sampling, stops))
+    name = hashlib.blake2b(whole, digest_size=16).hexdigest()
+    return Job(rid, Request(name, prompt.tokens, sampling), stops, skip_special_tokens)
 
 
 def require(holds: bool, name: str, problem: str) -> None:
@@ -151,10 +172,14 @@ def temperature(value: float, name: str) -> float:
     return 0.0 if value < GREEDY_BELOW else value
 
 
-def seed(value: int | None, name: str) -> int:
-    """The client's seed, or one drawn here: sampling has no other source of chance."""
+def seed(value: int | None, rid: str, name: str) -> int:
+    """The client's seed, or one that follows from the request's `rid`: sampling has no other source of chance.
+
+    So a request that is resumed or tried again under its name has the same tokens, even if nobody has kept them; and
+    one that was given a random name by us has a random seed.
+    """
     if value is None:
-        return secrets.randbits(64)
+        return int.from_bytes(hashlib.blake2b(rid.encode(), digest_size=8).digest())
     require(0 <= value <= MAX_SEED, name, f"must be a 64-bit unsigned integer, not {short(value)}")
     return value
 

@@ -20,3 +20,7 @@ class BodyTooLargeError(BadInputError):
 
 class GenerationError(OctavoError):
     """An accepted request that the engine could not finish."""
+
+
+class TakenOverError(GenerationError):
+    """The client came back for its answer by another connection: this one gets no more of it."""

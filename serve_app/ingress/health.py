@@ -31,25 +31,26 @@ def health_routes(engine: Engine, max_wait_s: float) -> APIRouter:
 
     @router.get("/readyz", responses={503: {"description": "Not now; `reason` says what is awaited"}})
     async def readyz() -> Response:
-        """200 when new traffic is welcome."""
+        """200 when new traffic is welcome. It may be for a while without an engine: it waits for the next one."""
         status = await ask(engine, max_wait_s)
-        if status.live and status.ready:
+        if status.ready:
             return json_response(200, {"status": "ready"})
         return json_response(503, {"status": "not ready", "reason": status.reason})
 
     @router.get("/health", responses={503: {"description": "The engine is not there"}})
     async def health() -> Response:
-        """The engine's own account. 503 when it does not answer."""
+        """The engine's own account, and what is missing at once. 503 when it is not there and none is awaited."""
         status = await ask(engine, max_wait_s)
-        return json_response(200 if status.live else 503, {"status": _word(status), **_detail(status)})
+        word = _word(status)
+        return json_response(503 if word == "unreachable" else 200, {"status": word, **_detail(status)})
 
     return router
 
 
 def _word(status: EngineStatus) -> str:
-    if not status.live:
-        return "unreachable"
-    return "ready" if status.ready else "not ready"
+    if status.ready:
+        return "degraded" if status.reason else "ready"
+    return "not ready" if status.live else "unreachable"
 
 
 def _detail(status: EngineStatus) -> dict[str, Any]:

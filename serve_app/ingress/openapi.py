@@ -1,4 +1,4 @@
-"""What /openapi.json says of `/generate` and `/admin/placement`, taken from the structs that decode and make them."""
+"""What /openapi.json says of `/generate` and `/admin/...`, taken from the structs that decode and make them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from serve_app.ingress.sglang import SglangFields
 from serve_app.ingress.tgi import TgiFields
-from serve_app.runtime.snapshot import CellView
+from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
 _EXAMPLES: dict[str, Any] = {
     "chat": {
@@ -18,8 +18,8 @@ _EXAMPLES: dict[str, Any] = {
     "tgi": {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 40, "details": True}},
 }
 
-(*_PROMPTS, _CELL), _COMPONENTS = msgspec.json.schema_components(
-    [SglangFields, TgiFields, CellView], ref_template="#/components/schemas/{name}"
+(*_PROMPTS, _CELL, _EVENT, _PROCESS), _COMPONENTS = msgspec.json.schema_components(
+    [SglangFields, TgiFields, CellView, EventView, ProcessView], ref_template="#/components/schemas/{name}"
 )
 
 GENERATE_OPENAPI: dict[str, Any] = {
@@ -34,12 +34,24 @@ GENERATE_OPENAPI: dict[str, Any] = {
     }
 }
 
-PLACEMENT_OPENAPI: dict[str, Any] = {
-    "responses": {
-        "200": {"description": "The cell", "content": {"application/json": {"schema": _CELL}}},
-        "503": {"description": "The router does not answer; `reason` says why"},
+
+def _answers(text: str, schema: dict[str, Any], silent: str) -> dict[str, Any]:
+    return {
+        "responses": {
+            "200": {"description": text, "content": {"application/json": {"schema": schema}}},
+            "503": {"description": f"The {silent} does not answer; `reason` says why"},
+        }
     }
-}
+
+
+def _list_of(item: dict[str, Any], name: str) -> dict[str, Any]:
+    """The schema of an object that holds one list."""
+    return {"type": "object", "properties": {name: {"type": "array", "items": item}}, "required": [name]}
+
+
+PLACEMENT_OPENAPI = _answers("The cell", _CELL, "router")
+EVENTS_OPENAPI = _answers("What has happened, the newest last", _list_of(_EVENT, "events"), "engine")
+PROCESSES_OPENAPI = _answers("The cell's processes", _list_of(_PROCESS, "processes"), "engine")
 
 
 class OctavoApi(FastAPI):

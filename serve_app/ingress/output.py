@@ -102,7 +102,8 @@ class Output:
             raise GenerationError("the engine could not finish the request")
         if num_known < 0:
             raise GenerationError(f"tokens [{len(self.tokens)}, {emission.first}) of the answer were lost")
-        self.num_cached_tokens = emission.num_cached
+        if not self.tokens:  # what another engine that goes on with it says is about itself
+            self.num_cached_tokens = emission.num_cached
         pieces: list[Piece] = []
         for i in range(num_known, len(emission.tokens)):
             is_last = emission.finish is not None and i == len(emission.tokens) - 1

@@ -4,7 +4,6 @@ Where SGLang refuses, this refuses with the same status and shape (`{"error": {"
 field's name. The events of a stream carry all text and tokens so far.
 """
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +20,16 @@ from serve_app.ingress.door import (
     Job,
     Prompt,
     in_range,
-    new_request,
+    new_job,
     refuse_unsupported,
     require,
     seed,
     short,
     temperature,
 )
-from serve_app.ingress.faults import BadInputError, BodyTooLargeError
+from serve_app.ingress.faults import BadInputError, BodyTooLargeError, TakenOverError
 from serve_app.ingress.output import Finish, Output, Piece
-from serve_app.ingress.sse import sse_event
+from serve_app.ingress.sse import Progress, Ticket, sse_event
 
 PROMPT_FIELDS = frozenset({"text", "input_ids", "messages"})
 DEFAULT_NEW_TOKENS = 128
@@ -121,7 +120,7 @@ _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse(body: bytes, door: Door) -> "SglangCall":
+def parse(body: bytes, door: Door, ticket: Ticket) -> "SglangCall":
     """Validate and tokenize. Raises BadInputError."""
     fields = decode(body, SglangFields)
     refuse_unsupported(fields, _NEUTRAL)
@@ -130,12 +129,15 @@ def parse(body: bytes, door: Door) -> "SglangCall":
     samplings = _samplings(fields.sampling_params, len(raw_prompts))
     counts = [_num_copies(sampling, path) for sampling, path in samplings]
     door.check_count(sum(counts), "sampling_params.n")
-    rids = _rids(fields.rid, counts, door.limits.max_rid_chars)
+    names = _given_rids(fields.rid, door.limits.max_rid_chars) or door.name(ticket)
+    rids = _rids(names, counts)
     jobs: list[Job] = []
     for i, raw in enumerate(raw_prompts):
         prompt = _prompt(door, raw, f"{name}[{i}]" if is_list else name)
         jobs += _jobs(door, prompt, samplings[i], rids[i], logprobs=bool(fields.return_logprob))
-    return SglangCall(jobs, bool(fields.stream), is_single=not is_list and len(jobs) == 1)
+    name = names if isinstance(names, str) else names[0]
+    progress = ticket.progress(len(jobs))
+    return SglangCall(name, jobs, bool(fields.stream), progress, is_single=not is_list and len(jobs) == 1)
 
 
 def _raw_prompts(fields: SglangFields) -> tuple[str, list[Any], bool]:
@@ -169,15 +171,20 @@ def _num_copies(sampling: SglangSampling, path: str) -> int:
     return num
 
 
-def _rids(given: str | list[str] | None, counts: list[int], max_chars: int) -> list[list[str]]:
+def _given_rids(given: str | list[str] | None, max_chars: int) -> str | list[str] | None:
+    """The body's names, checked one by one."""
+    if given is not None:
+        names = [given] if isinstance(given, str) else given
+        require(bool(names) and all(names), "rid", "empty")
+        require(max(map(len, names)) <= max_chars, "rid", f"longer than {max_chars} characters")
+    return given
+
+
+def _rids(given: str | list[str], counts: list[int]) -> list[list[str]]:
     """Names for each prompt's copies: as given, numbered where one name stands for several sequences."""
-    if given is None:
-        return [[uuid.uuid4().hex for _ in range(count)] for count in counts]
     if isinstance(given, str):
         given = [given] if len(counts) == 1 else [f"{given}_{i}" for i in range(len(counts))]
     require(len(given) == len(counts), "rid", f"{len(given)} of them for {len(counts)} prompts")
-    require(all(given), "rid", "empty")
-    require(max(map(len, given)) <= max_chars, "rid", f"longer than {max_chars} characters")
     rids = [
         [rid] if count == 1 else [f"{rid}_{j}" for j in range(count)] for rid, count in zip(given, counts, strict=True)
     ]
@@ -202,13 +209,14 @@ def _jobs(
     sampling = _sampling(door, prompt, fields, path, logprobs=logprobs)
     stops = door.stops(fields.stop, f"{path}stop")
     skip_special = fields.skip_special_tokens is not False
-    first_seed = seed(fields.sampling_seed, f"{path}sampling_seed")
+    first_seed = seed(fields.sampling_seed, rids[0], f"{path}sampling_seed")
     return [
-        Job(
+        new_job(
             rid,
-            new_request(prompt, msgspec.structs.replace(sampling, seed=(first_seed + copy) & MAX_SEED)),
+            prompt,
+            msgspec.structs.replace(sampling, seed=(first_seed + copy) & MAX_SEED),
             stops,
-            skip_special,
+            skip_special_tokens=skip_special,
         )
         for copy, rid in enumerate(rids)
     ]
@@ -261,8 +269,10 @@ _encode = msgspec.json.Encoder().encode
 class SglangCall:
     """A validated request. Its answers and events are SGLang's."""
 
+    name: str
     jobs: Sequence[Job]
     stream: bool
+    progress: Progress
     is_single: bool
     end: bytes = sse_event(b"[DONE]")
 
@@ -271,10 +281,13 @@ class SglangCall:
         return _encode(answers[0] if self.is_single else answers)
 
     def events(self, index: int, output: Output, pieces: list[Piece]) -> bytes:
+        num_tokens = len(output.tokens)
+        if not self.progress.is_news(index, num_tokens, is_end=output.finish is not None):
+            return b""
         answer = self._answer(self.jobs[index], output)
         if not self.is_single:
             answer.index = index
-        return sse_event(_encode(answer))
+        return sse_event(_encode(answer), self.progress.advance(index, num_tokens))
 
     def _answer(self, job: Job, output: Output) -> _Answer:
         meta = _MetaInfo(
@@ -317,4 +330,6 @@ def _fault_kind(error: OctavoError) -> tuple[int, str]:
             return 400, "BadRequest"
         case EngineUnavailableError():
             return 503, "ServiceUnavailable"
+        case TakenOverError():
+            return 409, "Conflict"
     return 500, "InternalServerError"

@@ -1,14 +1,16 @@
-"""Server-sent events, and doing work only as long as the client is there."""
+"""Server-sent events with ids to go on from, and doing work only as long as the client is there."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import re
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import OctavoError
+from serve_app.ingress.faults import BadInputError
 
 T = TypeVar("T")
 
@@ -22,11 +24,58 @@ class ClientGoneError(Exception):
 _FOREIGN_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 
-def sse_event(data: bytes) -> bytes:
-    """One event of JSON in UTF-8."""
+_EVENT_ID = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*", re.ASCII)
+
+
+def sse_event(data: bytes, event_id: str = "") -> bytes:
+    """One event of JSON in UTF-8. Without an id the client keeps that of the event before."""
     for raw, escaped in _FOREIGN_LINE_ENDS:
         data = data.replace(raw, escaped)
-    return b"data: " + data + b"\n\n"
+    head = f"id: {event_id}\n".encode() if event_id else b""
+    return head + b"data: " + data + b"\n\n"
+
+
+class Ticket(NamedTuple):
+    """What a request's headers say of it: the client's name for it, and the last event of its answer that came."""
+
+    rid: str | None = None  # x-request-id
+    last_event_id: str | None = None
+
+    def progress(self, num_sequences: int) -> "Progress":
+        """Raises BadInputError when there is a Last-Event-ID that no event of such an answer has."""
+        if self.last_event_id is None:
+            return Progress([0] * num_sequences, is_resumed=False)
+        if not _EVENT_ID.fullmatch(self.last_event_id):
+            raise BadInputError("Last-Event-ID", "not the id of an event: counts of tokens, joined by commas")
+        counts = [int(count) for count in self.last_event_id.split(",")]
+        if len(counts) != num_sequences:
+            raise BadInputError("Last-Event-ID", f"{len(counts)} counts for {num_sequences} sequences")
+        return Progress(counts, is_resumed=True)
+
+
+class Progress:
+    """How many tokens of each sequence the client of a stream has: the ids of its events say just that.
+
+    `counts`: what it had before. A client that comes back with its last id gets what is behind that, nothing twice.
+    """
+
+    def __init__(self, counts: Sequence[int], *, is_resumed: bool) -> None:
+        self.is_resumed = is_resumed
+        self._had = tuple(counts)
+        self._counts = list(counts)
+
+    def is_news(self, index: int, num_tokens: int, *, is_end: bool = False) -> bool:
+        """Whether an event that brings sequence `index` to so many tokens is yet to be sent.
+
+        An end is news also to a client that claims more tokens than there are.
+        """
+        had = self._had[index]
+        return had == 0 or num_tokens > had or (is_end and num_tokens < had)
+
+    def advance(self, index: int, num_tokens: int) -> str:
+        """The id of that event."""
+        self._counts[index] = max(self._counts[index], num_tokens)
+        return ",".join(map(str, self._counts))
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -64,10 +113,11 @@ class EventStream(Response):
         self,
         chunks: AsyncGenerator[bytes, None],
         end: bytes,
+        headers: Mapping[str, str],
         refuse: Callable[[OctavoError], Response],
         report: Callable[[OctavoError], bytes],
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._chunks = chunks
         self._end = end

@@ -23,7 +23,7 @@ from serve_app.ingress.door import (
     Job,
     Prompt,
     in_range,
-    new_request,
+    new_job,
     refuse_unsupported,
     require,
     seed,
@@ -31,7 +31,7 @@ from serve_app.ingress.door import (
 )
 from serve_app.ingress.faults import BadInputError, BodyTooLargeError, GenerationError
 from serve_app.ingress.output import Finish, Output, Piece
-from serve_app.ingress.sse import sse_event
+from serve_app.ingress.sse import Progress, Ticket, sse_event
 from serve_app.model.tokenizer import Tokenizer
 
 PROMPT_FIELDS = frozenset({"inputs"})
@@ -82,19 +82,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse(body: bytes, door: Door) -> "TgiCall":
+def parse(body: bytes, door: Door, ticket: Ticket) -> "TgiCall":
     """Validate and tokenize. Raises BadInputError."""
     fields = decode(body, TgiFields)
     parameters = fields.parameters or TgiParameters()
     refuse_unsupported(parameters, _NEUTRAL, "parameters.")
     stream, details = bool(fields.stream), bool(parameters.details)
     prompt = _prompt(door, fields.inputs, parameters.truncate)
-    sampling = _sampling(door, prompt, parameters, logprobs=stream or details)
+    name = door.name(ticket)
+    sampling = _sampling(door, prompt, parameters, name, logprobs=stream or details)
     stops = door.stops(parameters.stop, "parameters.stop", MAX_STOPS)
     prefix = fields.inputs if parameters.return_full_text else ""
-    request = new_request(prompt, sampling)
-    job = Job(request.rid, request, stops)
-    return TgiCall([job], stream, details, prefix, door.tokenizer)
+    jobs = [new_job(name, prompt, sampling, stops)]
+    return TgiCall(name, jobs, stream, ticket.progress(1), details, prefix, door.tokenizer)
 
 
 def _prompt(door: Door, text: str, truncate: int | None) -> Prompt:
@@ -106,7 +106,7 @@ def _prompt(door: Door, text: str, truncate: int | None) -> Prompt:
     return Prompt(prompt.tokens[-truncate:], prompt.name)
 
 
-def _sampling(door: Door, prompt: Prompt, fields: TgiParameters, *, logprobs: bool) -> SamplingParams:
+def _sampling(door: Door, prompt: Prompt, fields: TgiParameters, rid: str, *, logprobs: bool) -> SamplingParams:
     heat = 1.0 if fields.temperature is None else fields.temperature
     in_range(heat, 0.0, MAX_TEMPERATURE, "parameters.temperature", open_low=True)
     top_p = 1.0 if fields.top_p is None else fields.top_p
@@ -120,7 +120,7 @@ def _sampling(door: Door, prompt: Prompt, fields: TgiParameters, *, logprobs: bo
         temperature=heat if is_sampled else 0.0,
         top_k=door.top_k(top_k or 0),
         top_p=top_p,
-        seed=seed(fields.seed, "parameters.seed"),
+        seed=seed(fields.seed, rid, "parameters.seed"),
         logprobs=logprobs,
     )
 
@@ -174,8 +174,10 @@ _encode = msgspec.json.Encoder().encode
 class TgiCall:
     """A validated request. Its answers and events are TGI's."""
 
+    name: str
     jobs: Sequence[Job]
     stream: bool
+    progress: Progress
     details: bool
     prefix: str  # the prompt, where the full text is asked for
     tokenizer: Tokenizer
@@ -191,16 +193,19 @@ class TgiCall:
         return _encode(answer)
 
     def events(self, index: int, output: Output, pieces: list[Piece]) -> bytes:
-        if output.finish is not None and not pieces:
-            pieces = [_NO_TOKEN]
-        first = len(output.pieces) - len(pieces) + 1
-        events = [_Event(first + i, self._token(piece)) for i, piece in enumerate(pieces)]
-        if output.finish is not None:
-            finish_reason = _finish_reason(output.finish)
-            num_prompt = len(self.jobs[index].request.prompt)
+        num_tokens = len(output.pieces)
+        numbered = enumerate(pieces, num_tokens - len(pieces) + 1)
+        events = [_Event(n, self._token(piece)) for n, piece in numbered if self.progress.is_news(index, n)]
+        if output.finish is not None and not events and self.progress.is_news(index, num_tokens, is_end=True):
+            events = [_Event(num_tokens, self._token(_NO_TOKEN))]
+        if output.finish is not None and events:
             events[-1].generated_text = self.prefix + output.text
-            events[-1].details = _StreamDetails(finish_reason, len(output.pieces), self._seed(), num_prompt)
-        return b"".join(sse_event(_encode(event)) for event in events)
+            events[-1].details = self._stream_details(index, output)
+        return b"".join(sse_event(_encode(event), self.progress.advance(index, event.index)) for event in events)
+
+    def _stream_details(self, index: int, output: Output) -> _StreamDetails:
+        num_prompt = len(self.jobs[index].request.prompt)
+        return _StreamDetails(_finish_reason(output.finish), len(output.pieces), self._seed(), num_prompt)
 
     def _token(self, piece: Piece) -> _Token:
         """A special token shows its own name, unless it carries text that was held back before it."""

@@ -31,13 +31,22 @@ def padded_rows(num_rows: int, num_inputs: int) -> int:
 class Linear:
     """x_TI -> x_TI @ weight_OI.T + bias_O. On a CPU with bf16 the weight is packed once, here, for oneDNN.
 
-    In bf16 on CPU a row's result is the same bits at every T and number of threads.
+    Where it is not to be packed it is used as it lies, without a copy if dtype and device are those already.
+    In bf16 on CPU a row's result is the same bits at every T and number of threads, packed or not.
     """
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        pack: bool = True,
+    ) -> None:
         weight = weight_OI.to(device, dtype).contiguous()
         self._bias = None if bias_O is None else bias_O.to(device, dtype)
-        self.is_packed = can_pack(device, dtype)
+        self._is_onednn = can_pack(device, dtype)
+        self.is_packed = pack and self._is_onednn
         self._pads = device.type == "cpu" and dtype == torch.bfloat16
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.is_packed else weight
 
@@ -49,7 +58,8 @@ class Linear:
         return self._product(F.pad(x_TI, (0, 0, 0, padded - num_rows)))[:num_rows]
 
     def _product(self, x_TI: Tensor) -> Tensor:
-        if self.is_packed:
+        # For a weight that is not packed too: in products of up to 4,096 multiplications `F.linear` has other bits.
+        if self._is_onednn:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self.weight, self._bias, "none", [], "")
             return y
         return F.linear(x_TI, self.weight, self._bias)

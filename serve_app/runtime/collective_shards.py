@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 from serve_app.model.shards import Shape
 from serve_app.runtime.dispatch import Pump
 
-WAIT_LIMIT_S = 60.0  # for the peers; the death of one ends the epoch, and with it the wait, much sooner
+WAIT_LIMIT_S = 300.0  # for the peers; whatever happened to one, the engine ends the epoch much sooner
 JOIN_LIMIT_S = 60.0  # for the peers to build their end of the group
 
 Backend = Literal["nccl", "gloo"]

@@ -31,7 +31,7 @@ from serve_app.runtime.wire import ExpertCall, ExpertReply
 Pump = Callable[[float], bool]  # handles one incoming message; False if none came within so many seconds
 
 MIN_SPLIT_ROWS = 16  # up to that many an expert's weights take the time, and reading them twice gains nothing
-WAIT_LIMIT_S = 60.0  # for a peer's rows; its death ends the epoch, and with it the wait, much sooner
+WAIT_LIMIT_S = 300.0  # for a peer's rows; whatever happened to it, the engine ends the epoch much sooner
 
 
 class MeshExperts:

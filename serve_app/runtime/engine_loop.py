@@ -1,4 +1,4 @@
-"""The engine's own thread: one inbox in, one EngineCore, one outbox per worker and ingress replica.
+"""The engine's own thread: one inbox in, one CellCore, one outbox per worker and ingress replica.
 
 The core decides; this loop only carries messages to it and its commands away. It drains the inbox before it sends
 tokens, so that what one step emits leaves as one message per ingress replica.
@@ -6,69 +6,102 @@ tokens, so that what one step emits leaves as one message per ingress replica.
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 
+from serve_app.config import OctavoConfig
+from serve_app.engine.cell import CellCommand, CellCore, CellEvent
 from serve_app.engine.core import EngineCore
-from serve_app.engine.plan import Begin, Cancel, Command, Emit, Run, StepDone, Submit
-from serve_app.engine.request import Emission
-from serve_app.experts.layout import Seat
-from serve_app.runtime.mesh import Mesh
-from serve_app.runtime.wire import (
-    Attach,
-    Form,
-    From,
+from serve_app.engine.members import (
+    Beat,
+    Enroll,
+    Formed,
     Hello,
-    Join,
     Joined,
-    Leave,
+    Kill,
     Lost,
-    Member,
-    Message,
-    Phase,
-    Record,
-    Status,
+    Note,
+    Spawn,
     Stop,
-    Tokens,
+    Tell,
+    Tick,
 )
+from serve_app.engine.membership import Membership
+from serve_app.engine.plan import Cancel, Emit, Run, StepDone, Submit
+from serve_app.engine.request import Emission
+from serve_app.model.spec import ModelSpec
+from serve_app.runtime.mesh import Mesh
+from serve_app.runtime.names import ROUTER
+from serve_app.runtime.settings import engine_config, layout_of, membership_config, slots_of
+from serve_app.runtime.snapshot import EventView, ProcessView
+from serve_app.runtime.wire import Attach, From, Message, Phase, Ping, Record, Status, Tokens
 
 log = logging.getLogger(__name__)
 
-STATUS_S = 1.0  # between two status messages to an ingress replica
-STEP_LIMIT_S = 120.0  # after this long without an end of a step, new traffic is not welcome
-INGRESS_SILENT_S = 10.0  # after this long without a word from an ingress replica its requests are cancelled
+TICK_S = 0.1  # how often what is due by time is looked at
+STATUS_S = 1.0  # between two status messages to an ingress replica, and two signs of life to a worker
+INGRESS_SILENT_S = 10.0  # after this long without a word from an ingress replica it is held for dead
 DRAIN_LIMIT = 1_000  # messages handled before tokens are sent, however many more wait
+MAX_EVENTS = 1_000  # of the cell's history
+
+Order = Spawn | Kill | Formed  # what the cell's keeper is to do
+
+
+def cell_core(config: OctavoConfig, spec: ModelSpec) -> CellCore:
+    """The core of a cell of this config. It measures its own work by this process's clock."""
+    layout, stages = layout_of(config, spec)
+    members = Membership(layout, stages, slots_of(config, spec), membership_config(config), time.perf_counter)
+    core = EngineCore(engine_config(config, spec, layout.num_stages))
+    return CellCore(core, members, config.resilience.step_limit_s)
 
 
 class EngineLoop:
-    """Runs until a `Stop` arrives. All state is touched by the thread in `run` only."""
+    """Runs until a `Stop` arrives. All state is touched by the thread in `run` only, but for what says otherwise."""
 
-    def __init__(self, core: EngineCore, mesh: Mesh) -> None:
-        self._core = core
+    def __init__(self, cell: CellCore, mesh: Mesh, order: Callable[[Order], None], resume_s: float = 30.0) -> None:
+        """`order`: tells the keeper what to do; must not wait. `resume_s`: how long streams are kept without reader."""
+        self._cell = cell
         self._mesh = mesh
-        self._hellos: dict[str, Hello] = {}
-        self._form: Form | None = None  # the newest whose members all live
-        self._awaited: set[str] = set()  # its workers that were called and have not joined
-        self.epoch = 0  # the newest that began; the cell's keeper reads it from its own thread
-        self._sent_s: dict[tuple[int, int], float] = {}  # (replica, step) in flight -> when it was sent
-        self._seats: dict[Seat, str] = {}
+        self._order = order
+        self._resume_s = resume_s
         self._owners: dict[str, str] = {}  # rid -> ingress replica
+        self._orphans: dict[str, float] = {}  # rid -> until when it waits for another ingress replica
+        self._ingresses: dict[str, Attach] = {}
         self._heard_s: dict[str, float] = {}  # ingress replica -> when it was last heard
         self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
-        self._ready = False
-        self.reason = "starting"  # read by the keeper too
-        self._told_s = 0.0
+        self._obstacle = ""  # what the keeper waits for
+        self._told: tuple[bool, str] = (False, "")
+        self._told_s = self._ticked_s = 0.0
         self._stopped = False
+        self.history: deque[EventView] = deque(maxlen=MAX_EVENTS)  # other threads read it
 
     def run(self) -> None:
         while not self._stopped:
             self._drain()
-            for name, emissions in self._outbox.items():
-                self._mesh.send(name, Tokens(emissions))
-            self._outbox.clear()
+            self._flush()
             self._tick()
 
+    @property
+    def epoch(self) -> int:
+        """The newest that began; the cell's keeper reads it from its own thread."""
+        return self._cell.members.epoch
+
+    @property
+    def reason(self) -> str:
+        """What the cell waits for, in words. Other threads read it."""
+        return self._told[1]
+
+    def processes(self) -> list[ProcessView]:
+        """Workers and ingress replicas. Other threads ask: a snapshot of what changes seldom."""
+        views = [
+            ProcessView("spare" if state == "spare" else "worker", name, hello.pid, hello.node, state)
+            for name, (hello, state) in self._cell.members.states().items()
+        ]
+        views += [ProcessView("ingress", a.name, a.pid, a.node, "live") for a in list(self._ingresses.values())]
+        return views
+
     def _drain(self) -> None:
-        received = self._mesh.receive(STATUS_S)
+        received = self._mesh.receive(TICK_S)
         for _ in range(DRAIN_LIMIT):
             if received is None:
                 return
@@ -77,171 +110,147 @@ class EngineLoop:
         if received is not None:
             self._handle(received.message)
 
+    def _flush(self) -> None:
+        for name, emissions in self._outbox.items():
+            self._mesh.send(name, Tokens(emissions))
+        self._outbox.clear()
+
     def _handle(self, message: Message) -> None:
         match message:
             case StepDone():
-                self._sent_s.pop((message.replica, message.step), None)
+                self._obey(self._cell.on(message, time.monotonic()))
+            case Joined() | Beat():
+                self._on(message)
+            case Lost(name):
+                self._on(message)
+                self._mesh.disconnect(name)
+            case Hello(name, address):
+                self._mesh.connect(name, address)
+                self._on(message)
+            case Enroll(_, router):
+                self._mesh.connect(ROUTER, router)
                 self._on(message)
             case From(name, event):
                 self._enter(name, event)
-            case Attach(name, address):
-                self._attach(name, address)
-            case Hello():
-                self._hellos[message.name] = message
-                self._call()
-            case Form():
-                self._form = message
-                self._awaited.clear()
-                self._call()
-            case Joined(epoch, name) if self._form and epoch == self._form.epoch:
-                self._joined(name)
-            case Lost(name, why):
-                self._lose(name, why)
+            case Attach():
+                self._attach(message)
             case Phase(reason):
-                self._not_ready(reason)
+                self._obstacle = reason
+                self._tell()
             case Record():
-                for worker in self._seats.values():
+                for worker in self._cell.members.names:
                     self._mesh.send(worker, message)
             case Stop():
                 self._stop()
             case _:
                 log.warning("the engine does not know what to do with %s", type(message).__name__)
 
-    # -- requests -----------------------------------------------------------------------------------------------
+    def _on(self, event: CellEvent) -> None:
+        """What may change the membership, and with it the cell's word about itself."""
+        self._obey(self._cell.on(event, time.monotonic()))
+        if self._told != self._word():
+            self._tell()
 
-    def _enter(self, name: str, event: Submit | Cancel) -> None:
-        if isinstance(event, Submit):
-            self._owners[event.request.rid] = name
-        self._on(event)
-
-    def _on(self, event: Begin | Submit | Cancel | StepDone) -> None:
-        self._obey(self._core.on(event, time.monotonic()))
-
-    def _obey(self, commands: list[Command]) -> None:
+    def _obey(self, commands: list[CellCommand]) -> None:
         for command in commands:
             match command:
                 case Run(plan):
-                    self._sent_s[plan.replica, plan.step] = time.monotonic()
-                    for name in self._workers_of(plan.replica):
+                    for name in self._cell.members.workers_of(plan.replica):
                         self._mesh.send(name, plan)
                 case Emit(emission):
-                    owner = self._owners.get(emission.rid)
-                    if emission.finish:
-                        self._owners.pop(emission.rid, None)
-                    if owner:
-                        self._outbox[owner].append(emission)
+                    self._emit(emission)
+                case Tell(name, address, message):
+                    self._mesh.connect(name, address)
+                    self._mesh.send(name, message)
+                case Spawn() | Formed():
+                    self._order(command)
+                case Kill():
+                    self._order(command)
+                case Note(kind, epoch, text, seconds):
+                    self.note(kind, text, epoch, seconds)
 
-    def _workers_of(self, replica: int) -> list[str]:
-        return [name for seat, name in self._seats.items() if seat.replica == replica]
+    def note(self, kind: str, text: str, epoch: int = 0, seconds: dict[str, float] | None = None) -> None:
+        """Write a line of the cell's history."""
+        log.log(logging.WARNING if kind == "lost" else logging.INFO, "%s: %s", kind, text)
+        self.history.append(EventView(time.time(), kind, epoch, text, seconds or {}))
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str, event: Submit | Cancel) -> None:
+        """A request belongs to the ingress replica that asked for it last; a cancellation counts from there only."""
+        if isinstance(event, Submit):
+            self._owners[event.request.rid] = name
+            self._orphans.pop(event.request.rid, None)
+        elif self._owners.get(event.rid) != name:
+            return
+        self._on(event)
+
+    def _emit(self, emission: Emission) -> None:
+        owner = self._owners.get(emission.rid)
+        if emission.finish:
+            self._owners.pop(emission.rid, None)
+            self._orphans.pop(emission.rid, None)
+        if owner:
+            self._outbox[owner].append(emission)
 
     # -- ingress replicas -----------------------------------------------------------------------------------------
 
-    def _attach(self, name: str, address: str) -> None:
-        known = name in self._heard_s
-        self._heard_s[name] = time.monotonic()
+    def _attach(self, attach: Attach) -> None:
+        known = attach.name in self._heard_s
+        self._heard_s[attach.name] = time.monotonic()
         if not known:
-            self._mesh.connect(name, address)
-            self._mesh.send(name, self._status())
+            self._ingresses[attach.name] = attach
+            self._mesh.connect(attach.name, attach.address)
+            self._mesh.send(attach.name, self._status())
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if now - self._ticked_s < TICK_S:
+            return
+        self._ticked_s = now
+        self._on(Tick())
         if now - self._told_s < STATUS_S:
             return
-        oldest_s = min(self._sent_s.values(), default=now)
-        if self._ready and now - oldest_s > STEP_LIMIT_S:
-            self._not_ready(f"a step has been under way for {now - oldest_s:.0f} s: a worker hangs")
         self._tell()
+        for worker in (ROUTER, *self._cell.members.names) if self._cell.members.names else ():
+            self._mesh.send(worker, Ping())
         for name in [name for name, heard_s in self._heard_s.items() if now - heard_s > INGRESS_SILENT_S]:
-            self._detach(name)
+            self._detach(name, now)
+        for rid in [rid for rid, until_s in self._orphans.items() if until_s < now]:
+            del self._orphans[rid]
+            self._on(Cancel(rid))
 
-    def _detach(self, name: str) -> None:
-        log.warning("ingress %s has been silent for %.0f s: its requests are cancelled", name, INGRESS_SILENT_S)
+    def _detach(self, name: str, now: float) -> None:
+        """Its clients may come back by another one, for a while."""
+        log.warning("ingress %s has been silent for %.0f s", name, INGRESS_SILENT_S)
         del self._heard_s[name]
+        del self._ingresses[name]
         self._mesh.disconnect(name)
         for rid in [rid for rid, owner in self._owners.items() if owner == name]:
             del self._owners[rid]
-            self._on(Cancel(rid))
+            self._orphans[rid] = now + self._resume_s
 
     def _tell(self) -> None:
         self._told_s = time.monotonic()
+        self._told = self._word()
         status = self._status()
         for name in self._heard_s:
             self._mesh.send(name, status)
 
+    def _word(self) -> tuple[bool, str]:
+        """Whether new traffic is welcome, and what is awaited or missing."""
+        members = self._cell.members
+        reason = members.reason
+        if members.is_ready:
+            self._obstacle = "" if not reason else self._obstacle
+        return members.is_ready, self._obstacle or reason
+
     def _status(self) -> Status:
-        return Status(self._ready, self.reason, self.epoch, self._core.stats())
-
-    # -- membership -----------------------------------------------------------------------------------------------
-
-    def _call(self) -> None:
-        """Call the workers of the newest form into its epoch, once all of them have said hello."""
-        form = self._form
-        if form is None or form.epoch == self.epoch or self._awaited:
-            return
-        missing = [name for name, *_ in form.seats if name not in self._hellos]
-        if missing:
-            self._not_ready(f"{len(form.seats) - len(missing)} of {len(form.seats)} workers have loaded")
-            return
-        members = [self._member(*seat) for seat in form.seats]
-        self._awaited = {member.name for member in members}
-        self._await_joined(form)
-        for member in members:
-            self._mesh.connect(member.name, member.address)
-            self._mesh.send(member.name, Join(form.epoch, members, form.tables[member.stage], form.router))
-
-    def _await_joined(self, form: Form) -> None:
-        missing = ", ".join(sorted(self._awaited)[:3]) + (", ..." if len(self._awaited) > 3 else "")
-        self._not_ready(
-            f"{len(self._awaited)} of {len(form.seats)} workers have yet to join epoch {form.epoch}: {missing}"
-        )
-
-    def _member(self, name: str, stage: int, replica: int, shard: int) -> Member:
-        hello = self._hellos[name]
-        return Member(name, hello.address, stage, replica, shard, hello.store)
-
-    def _joined(self, name: str) -> None:
-        form = self._form
-        self._awaited.discard(name)
-        if form is None or form.epoch == self.epoch:
-            return
-        if self._awaited:
-            self._await_joined(form)
-            return
-        self._seats = {Seat(*seat): worker for worker, *seat in form.seats}
-        num_pages = min(self._hellos[worker].num_pages for worker in self._seats.values())
-        num_replicas = 1 + max(seat.replica for seat in self._seats)
-        self.epoch = form.epoch
-        self._sent_s.clear()
-        self._ready, self.reason = True, "ready"
-        self._on(Begin(self.epoch, num_replicas, num_pages))
-        self._tell()
-        log.info("%s", self._account(num_pages))
-
-    def _lose(self, name: str, why: str) -> None:
-        """A worker is gone: its epoch is over, and the survivors wait for the keeper's next form."""
-        self._hellos.pop(name, None)
-        self._mesh.disconnect(name)
-        if self._form and any(name == member for member, *_ in self._form.seats):
-            for survivor in [member for member, *_ in self._form.seats if member in self._hellos]:
-                self._mesh.send(survivor, Leave(self._form.epoch))
-            self._form = None
-            self._awaited.clear()
-        self._sent_s.clear()
-        self._not_ready(f"worker {name} was lost: {why}")
-
-    def _account(self, num_pages: int) -> str:
-        hellos = [self._hellos[name] for name in self._seats.values()]
-        return (
-            f"ready: epoch {self.epoch} began with {len(hellos)} workers, {num_pages} KV pages per replica;"
-            f" the slowest loaded in {max(hello.load_s for hello in hellos):.1f} s,"
-            f" together they hold {sum(hello.resident_bytes for hello in hellos) / 2**30:.1f} GiB"
-        )
-
-    def _not_ready(self, reason: str) -> None:
-        self._ready, self.reason = False, reason
-        self._tell()
+        ready, reason = self._told
+        return Status(ready, reason, self.epoch, self._cell.core.stats(), self._cell.members.stats())
 
     def _stop(self) -> None:
-        for name in self._seats.values():
+        for name in self._cell.members.names:
             self._mesh.send(name, Stop())
+        self._flush()
         self._stopped = True

@@ -29,15 +29,26 @@ class Loaded:
     hosted: set[Pair]
     load_s: float = 0.0
 
-    def host_experts(self, pairs: list[Pair]) -> None:
-        """Hold exactly these experts' weights: drop the others, read the missing ones."""
+    def host_experts(self, pairs: list[Pair], pack: bool = False) -> None:
+        """Hold exactly these experts' weights: drop the others, and take the missing ones without a stall.
+
+        They are only mapped, for `pack_next` to pack, unless they are to be packed here.
+        """
         wanted = set(pairs)
         for pair in self.hosted - wanted:
             self.host.drop(*pair)
+        take = self.host.load if pack else self.host.map
         with lasting_memory():
             for pair in sorted(wanted - self.hosted):
-                self.host.load(self.weights, *pair)
+                take(self.weights, *pair)
         self.hosted = wanted
+
+    def pack_next(self) -> bool:
+        """Pack one expert that is only mapped, so that it runs faster. False where none is."""
+        if not self.host.num_mapped:
+            return False
+        with lasting_memory():
+            return self.host.pack_next()
 
 
 def load(
@@ -54,7 +65,7 @@ def load(
     dtype, device = pick_dtype(_device(config), config.dtype), _device(config)
     host = ExpertHost(weights.spec, dtype, device)
     loaded = Loaded(weights, load_stage(weights, config, layers, shard, timer), host, set())
-    loaded.host_experts(pairs)
+    loaded.host_experts(pairs, pack=True)
     loaded.load_s = time.monotonic() - begun_s
     return loaded
 

@@ -4,15 +4,18 @@ Joining is connecting, and a lost peer is silence: nothing here blocks on a peer
 where they leave the host every socket uses CURVE with the cell's key, and only holders of that key may connect.
 """
 
+import itertools
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from serve_app.runtime import wire
 
@@ -21,6 +24,9 @@ log = logging.getLogger(__name__)
 # Messages queued to one peer before more are refused: a peer that takes none of 10,000 is not coming back, and its
 # membership ends by other means (its death, or the next epoch).
 SEND_LIMIT = 10_000
+
+Watcher = Callable[[str, bool], None]  # a peer's address, and whether the connection to it has been made or broken
+_LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 
 
 class CellKey(NamedTuple):
@@ -73,6 +79,8 @@ class Mesh:
         port = self._inbox.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
+        self._watchers: dict[str, Watcher] = {}
+        self._num_watched = itertools.count()
         self._sending = threading.Lock()  # a ZeroMQ socket may change threads, but only across a barrier
         self.num_dropped = 0
         self._sent = Traffic(Counter(), Counter())
@@ -91,10 +99,19 @@ class Mesh:
                 return
             if known:
                 known[1].close(0)
-            self._peers[name] = (address, self._open(address))
+            self._peers[name] = (address, self._open(address, self._watchers.get(name)))
 
-    def _open(self, address: str) -> "zmq.Socket[bytes]":
+    def watch(self, name: str, watcher: Watcher) -> None:
+        """Tell `watcher` whenever a connection to this peer is made or broken: a process that dies is noticed at once.
+
+        It is called in a thread of its own, must not block, and hears of what is connected from now on.
+        """
+        self._watchers[name] = watcher
+
+    def _open(self, address: str, watcher: Watcher | None) -> "zmq.Socket[bytes]":
         socket = self._context.socket(zmq.PUSH)
+        if watcher:
+            self._monitor(socket, address, watcher)
         socket.set(zmq.SNDHWM, SEND_LIMIT)
         socket.set(zmq.LINGER, 0)
         if self._key:
@@ -102,6 +119,13 @@ class Mesh:
             socket.curve_serverkey = self._key.public
         socket.connect(address)
         return socket
+
+    def _monitor(self, socket: "zmq.Socket[bytes]", address: str, watcher: Watcher) -> None:
+        where = f"inproc://watch-{next(self._num_watched)}"
+        socket.monitor(where, _LINK_EVENTS)
+        monitor = self._context.socket(zmq.PAIR)
+        monitor.connect(where)
+        threading.Thread(target=_watch, args=(monitor, address, watcher), name="mesh-watch", daemon=True).start()
 
     def disconnect(self, name: str) -> None:
         with self._sending:
@@ -173,3 +197,16 @@ class Mesh:
     def callback(self, domain: str, key: bytes) -> bool:
         """ZAP: is this client key the cell's? (The name is pyzmq's.)"""
         return self._key is not None and key == self._key.public
+
+
+def _watch(monitor: "zmq.Socket[bytes]", address: str, watcher: Watcher) -> None:
+    """Pass on what happens to a socket until it is closed."""
+    with monitor:
+        while True:
+            try:
+                event = recv_monitor_message(monitor)["event"]
+            except zmq.ContextTerminated:
+                return
+            if event == zmq.EVENT_MONITOR_STOPPED:
+                return
+            watcher(address, event == zmq.EVENT_HANDSHAKE_SUCCEEDED)

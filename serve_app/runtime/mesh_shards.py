@@ -12,7 +12,7 @@ from serve_app.runtime.frames import read_tensor, tensor_frame, tensor_header
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.wire import ShardPart
 
-WAIT_LIMIT_S = 60.0  # for a peer's part; its death ends the epoch, and with it the wait, much sooner
+WAIT_LIMIT_S = 300.0  # for a peer's part; whatever happened to it, the engine ends the epoch much sooner
 
 
 class MeshShards:

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_app.engine.members import Formed, StageTable
 from serve_app.experts.layout import Layout, Seat
 from serve_app.experts.placement import Pair, Placement, Slots, max_over_mean, place, primaries_per_worker
 from serve_app.runtime.snapshot import CellView, StageView, WorkerView
-from serve_app.runtime.wire import Form, Report, StageTable
+from serve_app.runtime.wire import Report
 
 WINDOW_S = 10.0  # tokens are counted over the running window and the one before it
 MOVE_RATIO = 0.9  # experts move for an imbalance below this share of the present one: moving costs loading
@@ -37,8 +38,9 @@ class Registry:
             primaries_per_worker(max(map(len, stages)), num_experts, layout.group_size), standby=0
         )
         self._nodes: dict[Seat, str] | None = None  # before the first `settle`
-        self._placements = [self._offer(stage, {}) for stage in range(len(stages))]
-        self._form: Form | None = None
+        self._placements = [self._offer(stage, {}) for stage in range(len(stages))]  # at full strength
+        self._present = self._placements  # of the newest epoch: the homes of the living
+        self._form: Formed | None = None
         self._resident_bytes: dict[str, int] = {}  # by name
         self._running: _Window | None = None
         self._before: _Window | None = None  # the last complete one
@@ -58,6 +60,17 @@ class Registry:
             offered = self._offer(stage, load)
             if is_first or offered.imbalance(load) < placement.imbalance(load) * MOVE_RATIO:
                 self._placements[stage] = offered
+
+    def seed(self, tables: list[StageTable]) -> None:
+        """Go on from the placement that another router had decided: its workers have these experts."""
+        self._placements = self._present = self._placements_of(tables)
+        self._nodes = {}
+
+    def _placements_of(self, tables: list[StageTable]) -> list[Placement]:
+        return [
+            Placement(layers, self._layout.group_size, tuple(tuple(map(tuple, layer)) for layer in table))
+            for layers, table in zip(self._stages, tables, strict=True)
+        ]
 
     def tables(self) -> list[StageTable]:
         """For each stage, for each of its layers: the ranks that host each expert, the primary first."""
@@ -84,7 +97,7 @@ class Registry:
 
     # -- membership and load ------------------------------------------------------------------------------------------
 
-    def record(self, form: Form) -> None:
+    def record(self, form: Formed) -> None:
         """Remember the membership of the newest epoch, and forget those who are not in it. Older forms are passed over.
 
         What the experts of the forgotten ran still counts as the load of these experts.
@@ -92,6 +105,7 @@ class Registry:
         if self._form is not None and form.epoch < self._form.epoch:
             return
         self._form = form
+        self._present = self._placements_of(form.tables)
         names = set(self._names().values())
         self._resident_bytes = {name: size for name, size in self._resident_bytes.items() if name in names}
         for window in self._windows():
@@ -160,7 +174,7 @@ class Registry:
         )
 
     def _worker_view(self, seat: Seat) -> WorkerView:
-        placement, rank = self._placements[seat.stage], self._layout.group_rank(seat)
+        placement, rank = self._present[seat.stage], self._layout.group_rank(seat)
         name = self._names().get(seat, "")
         return WorkerView(
             name=name,

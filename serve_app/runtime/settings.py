@@ -4,6 +4,7 @@ from pathlib import Path
 
 from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineConfig
+from serve_app.engine.membership import MembershipConfig
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.experts.layout import Layout, cut_at, stage_layers
 from serve_app.experts.placement import Slots, primaries_per_worker
@@ -26,7 +27,13 @@ def engine_config(config: OctavoConfig, spec: ModelSpec, num_stages: int) -> Eng
         max_context_tokens=max_context_tokens(config, spec),
         eos_token_ids=spec.eos_token_ids,
         prefix_cache=config.scheduler.prefix_cache,
+        keep_s=config.resilience.resume_s,
     )
+
+
+def membership_config(config: OctavoConfig) -> MembershipConfig:
+    wanted = config.resilience
+    return MembershipConfig(hung_s=wanted.hung_s, stuck_s=wanted.stuck_s, num_spares=wanted.spares)
 
 
 def max_context_tokens(config: OctavoConfig, spec: ModelSpec) -> int:

@@ -1,4 +1,4 @@
-"""What the router knows of its cell, as `GET /admin/placement` shows it and `octavo status` draws it."""
+"""What a cell shows of itself under `/admin`: who holds what, what has happened, which processes it is made of."""
 
 import msgspec
 
@@ -30,7 +30,7 @@ class StageView(msgspec.Struct, frozen=True):
 
 
 class CellView(msgspec.Struct, frozen=True):
-    """One cell."""
+    """One cell, as its router knows it: `GET /admin/placement`, and what `octavo status` draws."""
 
     epoch: int  # 0 before the first
     tp: int
@@ -41,3 +41,23 @@ class CellView(msgspec.Struct, frozen=True):
     standby_slots: int
     window_s: float  # what `tokens` and `imbalance` were counted over
     stages: list[StageView]
+
+
+class EventView(msgspec.Struct, frozen=True):
+    """One line of the cell's history, as `GET /admin/events` tells it."""
+
+    at_unix_s: float
+    kind: str  # "lost", "given up", "epoch", "restored", "adopted", "spawned", "router", "step overdue", ...
+    epoch: int
+    text: str
+    seconds: dict[str, float]  # phases of a failover by name, where the event ends one
+
+
+class ProcessView(msgspec.Struct, frozen=True):
+    """One process of the cell, as `GET /admin/processes` lists it."""
+
+    role: str  # "worker", "spare", "router", "engine", "ingress"
+    name: str
+    pid: int
+    node: str  # Ray's id of the node it is on
+    state: str  # of a worker: "serving", "hosting", "loaded", "starting", "spare"; else "live"

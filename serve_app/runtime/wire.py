@@ -6,6 +6,7 @@ Every message that acts on a membership carries its epoch; a receiver drops thos
 import msgspec
 
 from serve_app.engine.core import EngineStats
+from serve_app.engine.members import Beat, CellStats, Enroll, Formed, Hello, Join, Joined, Leave, Lost, Stop, Take
 from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.model.timing import Span
@@ -13,71 +14,17 @@ from serve_app.model.timing import Span
 MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 in fp32 are two thirds of it
 
 
-StageTable = list[list[list[int]]]  # [layer of the stage][expert] -> ranks in the expert group, the primary first
-
-
-class Member(msgspec.Struct, frozen=True, array_like=True):
-    """A worker and its seat. `address` is where its inbox is bound."""
-
-    name: str
-    address: str
-    stage: int
-    replica: int
-    shard: int
-    store: str = ""  # of shard 0, where shards exchange by collectives: see `collective_shards`
-
-
 # -- membership ---------------------------------------------------------------------------------------------------
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
-    """A worker's first word to its engine: loaded, and listening at `address`."""
+class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
+    """To a worker, from its own process: there is a new engine at this address. It says Hello to it."""
 
-    name: str
     address: str
-    num_pages: int  # KV pages that fit in its share of memory
-    load_s: float
-    resident_bytes: int
-    store: str = ""  # see Member
 
 
-class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
-    """A new epoch begins. `table[i][e]`: the ranks, in the stage's expert group, that host expert e of its i-th layer.
-
-    The first of them is the primary, the others are live standbys.
-    """
-
-    epoch: int
-    members: list[Member]
-    table: StageTable
-    router: str  # address of the router's inbox
-
-
-class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
-    """A member was lost: whoever is in this epoch or an older one drops its steps and waits for the next Join."""
-
-    epoch: int
-
-
-class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
-    epoch: int
-    name: str
-
-
-class Lost(msgspec.Struct, frozen=True, array_like=True, tag="lost"):
-    """The watcher's word that a worker died, or that it could not be started."""
-
-    name: str
-    why: str
-
-
-class Form(msgspec.Struct, frozen=True, array_like=True, tag="form"):
-    """The cell's word to its engine loop: these seats and tables (one per stage) make the next epoch."""
-
-    epoch: int
-    seats: list[tuple[str, int, int, int]]  # name, stage, replica, shard
-    router: str  # address
-    tables: list[StageTable]
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
+    """The engine's sign of life to a worker. One that hears none for long ends itself."""
 
 
 class Phase(msgspec.Struct, frozen=True, array_like=True, tag="phase"):
@@ -97,10 +44,6 @@ class Spans(msgspec.Struct, frozen=True, array_like=True, tag="spans"):
 
     name: str
     spans: list[Span]
-
-
-class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
-    pass
 
 
 # -- a step -------------------------------------------------------------------------------------------------------
@@ -167,6 +110,8 @@ class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
 
     name: str
     address: str
+    pid: int = 0
+    node: str = ""  # Ray's id of the node it is on
 
 
 class From(msgspec.Struct, frozen=True, array_like=True, tag="from"):
@@ -185,10 +130,11 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
 class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
     """The engine's state, sent to every ingress replica once a second and when readiness changes."""
 
-    ready: bool
-    reason: str
+    ready: bool  # new traffic is welcome
+    reason: str  # what is awaited, or, where the cell is degraded, what is missing
     epoch: int
     stats: EngineStats
+    cell: CellStats | None = None
 
 
 Message = (
@@ -196,8 +142,13 @@ Message = (
     | Join
     | Leave
     | Joined
+    | Beat
     | Lost
-    | Form
+    | Enroll
+    | Formed
+    | Take
+    | Adopt
+    | Ping
     | Phase
     | Record
     | Spans

@@ -2,18 +2,26 @@
 
 It speaks only to the mesh. Everything it does is an answer to a message, and every message of another epoch is
 dropped: what the engine ends by beginning a new epoch, a worker cannot finish afterwards.
+
+It outlives its engine: as long as no new one calls, it keeps its weights and waits. After `orphan_s` without a sign of
+life from any engine it ends itself.
 """
 
 import logging
+import os
 import time
-from collections import deque
+from collections.abc import Callable
+from threading import Event, Thread
 
 from torch import Tensor
 
+from serve_app.engine.members import Beat, Hello, Join, Joined, Leave, Member, Stop, Take
 from serve_app.engine.plan import Plan, StepDone
+from serve_app.experts.layout import Seat
 from serve_app.experts.placement import Pair
 from serve_app.model.batch import Batch
 from serve_app.model.sampling import sample
+from serve_app.model.stage import Stage
 from serve_app.model.timing import StepTimer
 from serve_app.runtime.collective_shards import Backend, CollectiveShards, open_store
 from serve_app.runtime.dispatch import MeshExperts
@@ -23,23 +31,20 @@ from serve_app.runtime.mesh import Mesh, host_of
 from serve_app.runtime.mesh_shards import MeshShards
 from serve_app.runtime.names import ENGINE, ROUTER
 from serve_app.runtime.wire import (
+    Adopt,
     ExpertCall,
     ExpertReply,
-    Hello,
     Hidden,
-    Join,
-    Joined,
-    Leave,
-    Member,
+    Ping,
     Record,
     Report,
     ShardPart,
     Spans,
-    Stop,
 )
 
 log = logging.getLogger(__name__)
 
+BEAT_S = 0.25  # between two signs of life
 IDLE_S = 1.0  # how long an idle worker sleeps in its inbox before it looks at the clock
 REPORT_S = 1.0  # between two reports of expert load
 
@@ -48,52 +53,108 @@ class _EpochEndedError(Exception):
     """A Join arrived in the middle of a step: the step is abandoned."""
 
 
-class Worker:
-    """The loop around a stage. `run` returns on `Stop`."""
+Load = Callable[[Seat, list[Pair]], Loaded]
 
-    def __init__(self, name: str, loaded: Loaded, mesh: Mesh) -> None:
+
+class Worker:
+    """The loop around a stage. `run` returns on `Stop`, or when it has been an orphan for too long."""
+
+    def __init__(
+        self,
+        name: str,
+        load: Load,
+        mesh: Mesh,
+        seat: Seat | None = None,
+        pairs: list[Pair] | None = None,
+        *,
+        node: str = "",
+        orphan_s: float = 60.0,
+    ) -> None:
+        """Loads what `seat` needs, `pairs` among it; without a seat it is a spare, and waits for one."""
         self.name = name
         self._mesh = mesh
-        self._loaded = loaded
-        self._stage = loaded.stage
-        self._timer = loaded.stage.timer = StepTimer()
+        self._load = load
+        self._node = node
+        self._orphan_s = orphan_s
+        self._seat = seat
         self._epoch = 0
+        self._num_stale = 0
+        self._timer = StepTimer()
         self._experts: MeshExperts | None = None  # this and the next: of the epoch; None between epochs
         self._shards: MeshShards | CollectiveShards | None = None
-        self._store, store = self._open_store()
         self._next: str | None = None  # the worker of the same shard in the next stage; None on the last
-        self._plans: deque[Plan] = deque()
+        self._plans: dict[int, Plan] = {}  # by the step that comes before them
+        self._last_step = -1
         self._hidden: dict[int, Tensor] = {}
         self._stopped = False
         self._reported_s = 0.0
-        self._hello = Hello(name, mesh.address, self._stage.kv.num_pages, loaded.load_s, resident_bytes(), store)
+        self._turned_s = self._heard_s = time.monotonic()
+        self._ended = Event()
+        self._loaded: Loaded | None = None
+        self._store: tuple[object, str] = None, ""
+        if seat is not None:
+            self._settle(seat, pairs or [])
+
+    def _settle(self, seat: Seat, pairs: list[Pair]) -> None:
+        self._loaded = self._load(seat, pairs)
+        self._seat = seat
+        self._loaded.stage.timer = self._timer
+        self._store = self._open_store()
+
+    @property
+    def _stage(self) -> Stage:
+        assert self._loaded is not None, "a spare has no stage"
+        return self._loaded.stage
 
     def run(self) -> None:
         """Say hello, then answer messages until told to stop."""
-        self._mesh.send(ENGINE, self._hello)
-        while not self._stopped:
-            try:
-                self._advance()
-            except _EpochEndedError:
-                log.debug("%s left off: epoch %d began", self.name, self._epoch)
+        Thread(target=self._beat, name="beat", daemon=True).start()
+        try:
+            self._mesh.send(ENGINE, self._hello())
+            while not self._stopped:
+                try:
+                    self._advance()
+                except _EpochEndedError:
+                    log.debug("%s left off: epoch %d began", self.name, self._epoch)
+        finally:
+            self._ended.set()
+
+    def _hello(self) -> Hello:
+        loaded = self._loaded
+        return Hello(
+            self.name,
+            self._mesh.address,
+            None if loaded is None else self._seat,
+            loaded.stage.kv.num_pages if loaded else 0,
+            loaded.load_s if loaded else 0.0,
+            resident_bytes(),
+            self._epoch,
+            os.getpid(),
+            self._node,
+            self._store[1],
+        )
+
+    def _beat(self) -> None:
+        """Signs of life, however long a step takes. A process that is stopped gives none."""
+        while not self._ended.wait(BEAT_S):
+            self._mesh.send(ENGINE, Beat(self.name, time.monotonic() - self._turned_s, self._num_stale))
 
     def _advance(self) -> None:
         plan = self._runnable()
-        if plan is None:
-            self._pump(IDLE_S, "idle")
-        else:
+        if plan is not None:
             self._execute(plan)
             self._pump(0)
+        elif not self._pump(0) and not (self._loaded and self._loaded.pack_next()):
+            self._pump(IDLE_S, "idle")
         self._report()
 
     def _runnable(self) -> Plan | None:
-        """The oldest plan, once its input is here. Steps of a replica pass through each stage in order."""
-        if not self._plans:
+        """The next plan, once its input is here. Steps of a replica pass through each stage in order."""
+        plan = self._plans.get(self._last_step)
+        if plan is None or not (self._stage.is_first or plan.step in self._hidden):
             return None
-        plan = self._plans[0]
-        if self._stage.is_first or plan.step in self._hidden:
-            return self._plans.popleft()
-        return None
+        self._last_step = plan.step
+        return self._plans.pop(plan.after)
 
     def _execute(self, plan: Plan) -> None:
         """Run a step and hand its outcome on."""
@@ -118,14 +179,22 @@ class Worker:
         """Handle one incoming message; False if none comes in time."""
         begun_s = time.perf_counter()
         received = self._mesh.receive(timeout_s)
+        self._turned_s = time.monotonic()
         if timeout_s:
             self._timer.span(why, begun_s)
         if received is None:
+            self._check_orphaned()
             return False
         message, frame = received
         match message:
             case Join():
                 self._join(message)
+            case Ping():
+                self._heard_s = self._turned_s
+            case Adopt(address):
+                self._adopt(address)
+            case Take(seat, pairs):
+                self._take_seat(seat, pairs)
             case Stop():
                 self._stopped = True
                 raise _EpochEndedError
@@ -134,6 +203,7 @@ class Worker:
             case Record(on):
                 self._record(on)
             case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply() if self._is_stale(message.epoch):
+                self._num_stale += 1
                 log.debug("%s dropped a %s of epoch %d", self.name, type(message).__name__, message.epoch)
             case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply():
                 self._take(message, frame)
@@ -141,15 +211,21 @@ class Worker:
                 log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
         return True
 
+    def _check_orphaned(self) -> None:
+        if self._turned_s - self._heard_s > self._orphan_s:
+            log.warning("%s ends: no engine has been heard for %.0f s", self.name, self._orphan_s)
+            self._stopped = True
+            raise _EpochEndedError
+
     def _take(self, message: Plan | Hidden | ShardPart | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
         """A part of a step of this epoch. What does not fit is dropped: it cannot have come from a member."""
         assert self._experts is not None
-        assert self._shards is not None
         try:
             match message:
                 case Plan():
-                    self._plans.append(message)
-                case Hidden():
+                    if message.after >= self._last_step:  # else it has been run: the message came twice
+                        self._plans[message.after] = message
+                case Hidden() if message.step > self._last_step:
                     self._hidden[message.step] = read_tensor(message, frame, self._stage.device)
                 case ShardPart():
                     if isinstance(self._shards, MeshShards):
@@ -185,26 +261,36 @@ class Worker:
         self._experts = self._shards = None
         self._plans.clear()
         self._hidden.clear()
+        self._last_step = -1
+
+    def _adopt(self, address: str) -> None:
+        """A new engine: what the old one began is its to end."""
+        self._mesh.connect(ENGINE, address)
+        self._heard_s = self._turned_s
+        self._mesh.send(ENGINE, self._hello())
+
+    def _take_seat(self, seat: Seat, pairs: list[Pair]) -> None:
+        if self._loaded is None:
+            self._settle(seat, pairs)
+        self._mesh.send(ENGINE, self._hello())
 
     def _join(self, message: Join) -> None:
         """Take a seat in a new epoch. What belonged to the old one is forgotten."""
-        if message.epoch < self._epoch:
+        if message.epoch < self._epoch or self._loaded is None:
             return
         if message.epoch == self._epoch and self._experts:  # asked again: the answer was lost
             self._mesh.send(ENGINE, Joined(message.epoch, self.name))
             return
         own = next(member for member in message.members if member.name == self.name)
-        self._mesh.keep({ENGINE, ROUTER, *(member.name for member in message.members)})
-        self._mesh.connect(ROUTER, message.router)
-        for member in message.members:
-            if member.name != self.name:
-                self._mesh.connect(member.name, member.address)
-        group = _group(message.members, own.stage)
+        self._connect(message)
+        group = _group(message.members, own, self._stage.num_shards)
         tables = dict(zip(self._stage.layers, message.table, strict=True))
-        self._loaded.host_experts(_hosted(tables, group.index(self.name)))
-        self._next = _successor(message.members, own)
         self._epoch = message.epoch
         self._forget()
+        begun_s = time.perf_counter()
+        self._loaded.host_experts(_hosted(tables, group.index(self.name)))
+        load_s = time.perf_counter() - begun_s
+        self._next = _successor(message.members, own)
         self._experts = MeshExperts(
             self._mesh,
             self._loaded.host,
@@ -215,8 +301,16 @@ class Worker:
             pump=self._pump,
         )
         self._shards = self._shards_of(message.epoch, _peers(message.members, own), own.shard)
-        self._mesh.send(ENGINE, Joined(message.epoch, self.name))
+        self._mesh.send(ENGINE, Joined(message.epoch, self.name, load_s))
         raise _EpochEndedError
+
+    def _connect(self, message: Join) -> None:
+        """To the members of an epoch and nobody else."""
+        self._mesh.keep({ENGINE, ROUTER, *(member.name for member in message.members)})
+        self._mesh.connect(ROUTER, message.router)
+        for member in message.members:
+            if member.name != self.name:
+                self._mesh.connect(member.name, member.address)
 
     @property
     def _uses_collectives(self) -> bool:
@@ -228,7 +322,9 @@ class Worker:
             return open_store(host_of(self._mesh.address))
         return None, ""
 
-    def _shards_of(self, epoch: int, peers: list[Member], index: int) -> MeshShards | CollectiveShards:
+    def _shards_of(self, epoch: int, peers: list[Member], index: int) -> MeshShards | CollectiveShards | None:
+        if len(peers) < self._stage.num_shards:  # the replica is broken, and rests
+            return None
         if self._uses_collectives:
             backend: Backend = "nccl" if self._stage.device.type == "cuda" else "gloo"
             return CollectiveShards(
@@ -244,9 +340,10 @@ class Worker:
             self._mesh.send(ROUTER, Report(self._epoch, self.name, resident_bytes(), self._experts.take_loads()))
 
 
-def _group(members: list[Member], stage: int) -> list[str]:
-    """Names of a stage's workers in rank order: by replica, then shard."""
-    return [m.name for m in sorted(members, key=lambda m: (m.replica, m.shard)) if m.stage == stage]
+def _group(members: list[Member], own: Member, num_shards: int) -> list[str]:
+    """Names of a stage's workers by rank in its expert group; "" where the seat is empty."""
+    ranks = {m.replica * num_shards + m.shard: m.name for m in members if m.stage == own.stage}
+    return [ranks.get(rank, "") for rank in range(max(ranks) + 1)]
 
 
 def _peers(members: list[Member], own: Member) -> list[Member]:

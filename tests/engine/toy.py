@@ -74,6 +74,11 @@ class Replica:
             assert not written & others, "two slices of a step share a slot that one of them writes"
         self.plans.append(plan)
 
+    def half_run(self):
+        """Run what is in flight, and tell nobody: so far steps may have come when their epoch ended."""
+        for plan in self.plans:
+            self.compute(plan)
+
     def compute(self, plan):
         """One token for each slice that samples, from what the pages hold."""
         tokens = []
@@ -97,6 +102,9 @@ class Cluster:
         self.num_pages = num_pages
         self.core = EngineCore(config)
         self.replicas: list[Replica] = []
+        self.resting = ()
+        self.dropped = []  # plans that were in flight when their epoch ended on a replica that was kept
+        self.known = {}  # rid -> tokens that are allowed to come again
         self.requests = {}
         self.streams = {}
         self.finishes = {}
@@ -107,20 +115,43 @@ class Cluster:
 
     # -- events --------------------------------------------------------------------------------------------------
 
-    def begin(self, num_replicas, epoch=None):
+    def begin(self, num_replicas, epoch=None, resting=(), kept=()):
+        """A new epoch. `kept` replicas have their memory still, and run again what was in flight."""
         epoch = self.core.epoch + 1 if epoch is None else epoch
+        kept = tuple(i for i in kept if i < min(num_replicas, len(self.replicas)) and i not in resting + self.resting)
         if epoch > self.core.epoch:
-            self.replicas = [Replica(self.num_pages, self.config.page_tokens) for _ in range(num_replicas)]
-        return self.on(Begin(epoch, num_replicas, self.num_pages))
+            before, self.resting = self.replicas, tuple(resting)
+            self.replicas = [
+                before[i] if i in kept else Replica(self.num_pages, self.config.page_tokens)
+                for i in range(num_replicas)
+            ]
+            for i in kept:
+                self.replicas[i].half_run()
+                self.dropped += self.replicas[i].plans
+                self.replicas[i].plans.clear()
+        return self.on(Begin(epoch, num_replicas, self.num_pages, resting, kept))
 
     def submit(self, request):
         if request.rid not in self.requests:
             self.requests[request.rid] = request
             self.streams[request.rid] = list(request.emitted)
+        else:
+            self.known[request.rid] = len(request.emitted)
         return self.on(Submit(request))
 
     def cancel(self, rid):
         return self.on(Cancel(rid))
+
+    def ended_early(self, replica):
+        """The newest step in flight is told of first: messages may overtake each other."""
+        home = self.replicas[replica]
+        tokens = [home.compute(plan) for plan in home.plans]
+        for plan, answer in reversed([*zip(home.plans, tokens, strict=True)]):
+            self.past.append(StepDone(plan.epoch, plan.replica, plan.step, answer, [-0.5] * len(answer)))
+        told = self.past[-len(tokens) :]
+        home.plans.clear()
+        for done in told:
+            self.on(done)
 
     def step(self, replica=0):
         """End the oldest step of `replica`, computing it twice: a step is idempotent."""
@@ -162,6 +193,7 @@ class Cluster:
     def _run(self, plan):
         assert plan.epoch == self.core.epoch
         assert (plan.epoch, plan.replica, plan.step) not in self.steps_seen, "a step's number was used again"
+        assert plan.after == max((s for e, r, s in self.steps_seen if (e, r) == (plan.epoch, plan.replica)), default=-1)
         self.steps_seen.add((plan.epoch, plan.replica, plan.step))
         assert 0 < sum(len(part.tokens) for part in plan.slices) <= self.config.max_step_tokens
         self.replicas[plan.replica].issue(plan)
@@ -171,7 +203,10 @@ class Cluster:
     def _emit(self, emission):
         rid = emission.rid
         assert rid not in self.finishes, f"{rid} emits after its end"
-        assert emission.first == len(self.streams[rid]), f"{rid} skips or repeats tokens"
+        stream = self.streams[rid]
+        assert emission.first == self.known.pop(rid, len(stream)), f"{rid} skips or repeats tokens"
+        assert stream[emission.first :] == emission.tokens[: len(stream) - emission.first], "other tokens come again"
+        del stream[emission.first :]
         asked = self.requests[rid].sampling.logprobs
         assert len(emission.logprobs) == (len(emission.tokens) if asked else 0)
         self.streams[rid] += emission.tokens

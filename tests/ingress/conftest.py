@@ -30,6 +30,10 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.load(folder)
 
 
+def client_of(app):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://octavo")
+
+
 class World:
     """One application, its engine, and a client."""
 
@@ -38,8 +42,7 @@ class World:
         self.model = ModelInfo("tiny", max_context_tokens=512, vocab_size=410, created=1_700_000_000)
         self.engine = EchoEngine(tokenizer.encode(BABBLE))
         self.app = create_app(self.engine, tokenizer, self.model, limits)
-        transport = httpx.ASGITransport(self.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://octavo")
+        self.client = client_of(self.app)
 
     def say(self, prompt, answer):
         """Let the model answer the text `prompt` with the text `answer`, then end."""
@@ -49,6 +52,10 @@ class World:
         """POST /generate; `body` is JSON, or the bytes of what should be."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.client.post("/generate", content=content, headers=headers)
+
+    def replica(self, **options):
+        """A client of another ingress replica with the same engine."""
+        return client_of(create_app(self.engine, self.tokenizer, self.model, **options))
 
     async def close(self):
         await self.client.aclose()
@@ -95,8 +102,19 @@ async def server(world):
 
 def read_events(text):
     """The data of each SSE event, JSON decoded unless it is [DONE]."""
+    return [data for _, data in read_named_events(text)]
+
+
+def read_named_events(text):
+    """The id (None where there is none) and the data of each SSE event."""
     assert text == "" or text.endswith("\n\n")
-    blocks = text.split("\n\n")[:-1]
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
-    data = [block.removeprefix("data: ") for block in blocks]
-    return [item if item == "[DONE]" else json.loads(item) for item in data]
+    return [read_event(block) for block in text.split("\n\n")[:-1]]
+
+
+def read_event(block):
+    *head, data = block.split("\n")
+    assert len(head) <= 1
+    assert all(line.startswith("id: ") for line in head)
+    assert data.startswith("data: ")
+    data = data.removeprefix("data: ")
+    return head[0].removeprefix("id: ") if head else None, data if data == "[DONE]" else json.loads(data)

@@ -7,10 +7,12 @@ from serve_app.engine.core import EngineConfig, EngineCore
 from serve_app.engine.plan import Begin, Cancel, Emit, Run, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.ingress.client import EngineStatus, EngineUnavailableError
+from serve_app.ingress.faults import TakenOverError
 from tests.views import make_view
 
 PAGE_TOKENS = 4
 END_TOKEN = 2  # <|im_end|> of the tiny tokenizer
+KEEP_S = 60.0
 
 
 class EchoEngine:
@@ -23,12 +25,14 @@ class EchoEngine:
             page_tokens=PAGE_TOKENS,
             max_running=64,
             eos_token_ids=(END_TOKEN,),
+            keep_s=KEEP_S,
         )
         self.core = EngineCore(config)
         self.core.on(Begin(epoch=0, num_replicas=1, num_pages=num_pages), 0.0)
         self.script = {}  # tuple of prompt ids -> answer ids
         self.requests = {}  # rid -> Request, all ever submitted
         self.cancelled = []  # rids
+        self.now_s = 0.0
         self.submitted = asyncio.Event()
         self.was_cancelled = asyncio.Event()
         self.running = asyncio.Event()  # cleared: no step is computed
@@ -36,6 +40,8 @@ class EchoEngine:
         self.hold_after = None  # clear `running` after so many steps, each time it is set
         self.broken = ""  # why there is no engine
         self.view = make_view(1, 2, 2)  # what its router would say
+        self.history = []  # EventViews
+        self.family = []  # ProcessViews
         self.failing_after = None  # every answer ends with "error" after so many tokens
         self._babble = babble
         self._queues = {}
@@ -51,6 +57,8 @@ class EchoEngine:
     async def submit(self, request):
         if self.broken:
             raise EngineUnavailableError(self.broken)
+        if request.rid in self._queues:
+            self._queues[request.rid].put_nowait(TakenOverError("taken over by a newer connection"))
         queue = self._queues[request.rid] = asyncio.Queue()
         self.requests[request.rid] = request
         self.submitted.set()
@@ -59,14 +67,17 @@ class EchoEngine:
         try:
             while not finished:
                 emission = await queue.get()
+                if isinstance(emission, TakenOverError):
+                    raise emission
                 finished = emission.finish is not None
                 yield emission
         finally:
-            del self._queues[request.rid]
-            if not finished:
-                self.cancelled.append(request.rid)
-                self._on(Cancel(request.rid))
-                self.was_cancelled.set()
+            if self._queues.get(request.rid) is queue:
+                del self._queues[request.rid]
+                if not finished:
+                    self.cancelled.append(request.rid)
+                    self._on(Cancel(request.rid))
+                    self.was_cancelled.set()
 
     async def status(self):
         if self.broken:
@@ -78,13 +89,27 @@ class EchoEngine:
             raise EngineUnavailableError(self.broken)
         return self.view
 
+    async def events(self):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return self.history
+
+    async def processes(self):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return self.family
+
+    def forget(self):
+        """Time passes: what was kept for those who lost their streams is gone."""
+        self.now_s += KEEP_S
+
     def assert_idle(self):
         self.core.check_integrity()
         stats = self.core.stats()
         assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
 
     def _on(self, event):
-        for command in self.core.on(event, 0.0):
+        for command in self.core.on(event, self.now_s):
             match command:
                 case Run(plan):
                     self._steps.put_nowait(plan)

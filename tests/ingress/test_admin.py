@@ -1,4 +1,4 @@
-"""`GET /admin/placement` says what the router knows, or why it is not known."""
+"""`GET /admin/...` says what the engine and its router know, or why it is not known."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from serve_app.ingress.door import Limits
-from serve_app.runtime.snapshot import CellView
+from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 from tests.ingress.conftest import open_world
 from tests.test_cli import ENVIRONMENT, LIMIT_S, OCTAVO
 from tests.views import make_view
@@ -58,3 +58,48 @@ async def test_the_command_draws_what_the_server_says(world, server):
     said = json.loads(printed)
     assert msgspec.convert(said["placement"], CellView) == world.engine.view
     assert said["health"] == (await world.client.get("/health")).json()
+
+
+async def test_events_come_in_the_cells_order_and_may_begin_later(world):
+    world.engine.history = [
+        EventView(10.5, "lost", 3, "w0.1.0#3: the process died", {}),
+        EventView(11.0, "epoch", 4, "without w0.1.0", {"fence": 0.25, "first token": 0.5}),
+    ]
+    for query, expected in (("", 2), ("?after=10.4", 2), ("?after=10.5", 1), ("?after=11", 0)):
+        response = await world.client.get("/admin/events" + query)
+        assert response.status_code == 200
+        events = msgspec.convert(response.json()["events"], list[EventView])
+        assert events == world.engine.history[2 - expected :]
+
+
+async def test_processes_are_listed(world):
+    world.engine.family = [ProcessView("worker", "w0.0.0#1", 17, "ab" * 28, "serving")]
+    response = await world.client.get("/admin/processes")
+    assert msgspec.convert(response.json()["processes"], list[ProcessView]) == world.engine.family
+
+
+@pytest.mark.parametrize("name", ["events", "processes"])
+async def test_without_an_engine_the_reason_is_given(tokenizer, monkeypatch, name):
+    async with open_world(tokenizer, Limits(max_placement_wait_s=0.01)) as world:
+        world.engine.broken = "the engine is gone"
+        response = await world.client.get(f"/admin/{name}")
+        assert response.status_code == 503
+        assert response.json() == {"status": "unavailable", "reason": "the engine is gone"}
+        monkeypatch.setattr(world.engine, name, asyncio.Event().wait)
+        response = await world.client.get(f"/admin/{name}")
+        assert response.status_code == 503
+        assert response.json()["reason"] == "the engine has not answered within 0.01 s"
+
+
+async def test_what_is_no_time_is_refused(world):
+    assert (await world.client.get("/admin/events?after=yesterday")).status_code == 422
+
+
+async def test_openapi_describes_events_and_processes(world):
+    document = (await world.client.get("/openapi.json")).json()
+    for name, item in (("events", "EventView"), ("processes", "ProcessView")):
+        responses = document["paths"][f"/admin/{name}"]["get"]["responses"]
+        assert "503" in responses
+        schema = responses["200"]["content"]["application/json"]["schema"]
+        assert schema["properties"][name]["items"] == {"$ref": f"#/components/schemas/{item}"}
+        assert document["components"]["schemas"][item]["properties"]

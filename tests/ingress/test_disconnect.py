@@ -97,6 +97,7 @@ async def test_events_arrive_one_by_one_as_they_are_made(world, server):
     ):
         lines = response.aiter_lines()
         for num_tokens in (1, 2, 3):
+            assert await soon(anext(lines)) == f"id: {num_tokens}"
             line = await soon(anext(lines))
             event = json.loads(line.removeprefix("data: "))
             assert event["meta_info"]["completion_tokens"] == num_tokens

@@ -35,6 +35,26 @@ async def test_an_engine_that_is_starting_is_live_but_not_ready(world, monkeypat
     assert (status, health["status"], health["reason"]) == (200, "not ready", "3 of 4 workers have loaded")
 
 
+async def test_an_engine_that_misses_something_is_degraded(world, monkeypatch):
+    async def status():
+        return EngineStatus(live=True, ready=True, reason="worker w1.0.0#3 was lost: its seat is being refilled")
+
+    monkeypatch.setattr(world.engine, "status", status)
+    assert await get(world, "/readyz") == (200, {"status": "ready"})
+    status, health = await get(world, "/health")
+    assert (status, health["status"], health["reason"][:9]) == (200, "degraded", "worker w1")
+
+
+async def test_an_engine_that_is_awaited_is_degraded_and_new_traffic_still_welcome(world, monkeypatch):
+    async def status():
+        return EngineStatus(live=False, ready=True, reason="the engine is being replaced")
+
+    monkeypatch.setattr(world.engine, "status", status)
+    assert await get(world, "/readyz") == (200, {"status": "ready"})
+    status, health = await get(world, "/health")
+    assert (status, health["status"], health["live"]) == (200, "degraded", False)
+
+
 async def test_an_engine_that_is_gone_is_not_healthy(world):
     world.engine.broken = "the engine has been silent for 7 s"
     assert (await get(world, "/livez"))[0] == 200

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.engine.core import EngineStats
+from serve_app.engine.members import CellStats
 from serve_app.telemetry.metrics import ServingMetrics
 
 pytestmark = pytest.mark.anyio
@@ -17,6 +18,7 @@ NAMES = {
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
         "vllm:cache_config_info",
+        "octavo:epoch",
     },
     "counter": {
         "vllm:prompt_tokens",
@@ -25,7 +27,11 @@ NAMES = {
         "vllm:num_preemptions",
         "vllm:prefix_cache_queries",
         "vllm:prefix_cache_hits",
+        "octavo:requests_replayed",
+        "octavo:workers_lost",
+        "octavo:stale_messages",
     },
+    "summary": {"octavo:failover_phase_seconds"},
     "histogram": {
         "vllm:time_to_first_token_seconds",
         "vllm:inter_token_latency_seconds",
@@ -59,12 +65,12 @@ async def test_the_names_are_those_that_dashboards_read(world):
     families = {family.name: family.type for family in text_string_to_metric_families(text)}
     for kind, names in NAMES.items():
         assert {name for name in names if families.get(name) == kind} == names
-    assert all(name.startswith("vllm:") for name in families)
+    assert all(name.startswith(("vllm:", "octavo:")) for name in families)
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
 def test_promtool_has_no_objection():
-    text = ServingMetrics("tiny", 512).render(stats(1), 4)
+    text = ServingMetrics("tiny", 512).render(stats(1), 4, epoch=3, cell=cell(2, load=(1, 0.5)))
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
@@ -127,6 +133,7 @@ def stats(num_tokens):
         finished_total={},
         steps_total=num_tokens,
         num_stale=0,
+        replayed_total=num_tokens,
         **totals,
     )
 
@@ -136,6 +143,48 @@ def test_counters_go_on_when_an_engine_starts_again_from_zero():
     scrapes = [stats(10), stats(25), None, stats(3), stats(3), stats(8), stats(0)]
     seen = [parse(metrics.render(given, 4).decode())["vllm:generation_tokens_total", ()] for given in scrapes]
     assert seen == [10, 25, 25, 28, 28, 33, 33]
+
+
+def cell(num_lost, **phases):
+    return CellStats(
+        phase="degraded",
+        reason="",
+        workers={"serving": 3, "starting": 1},
+        experts_uncovered=5,
+        stale_total=10 * num_lost,
+        lost_total=num_lost,
+        phase_seconds=phases,
+    )
+
+
+def test_the_cell_is_described():
+    metrics = ServingMetrics("tiny", 512)
+    seen = parse(metrics.render(stats(7), 4, epoch=3, cell=cell(2, fence=(2, 0.5), load=(1, 4.0))).decode())
+    assert seen["octavo:epoch", ()] == 3
+    assert seen["octavo:experts_uncovered", ()] == 5
+    assert seen["octavo:workers_lost_total", ()] == 2
+    assert seen["octavo:stale_messages_total", ()] == 20
+    assert seen["octavo:requests_replayed_total", ()] == 7
+    workers = {labels[0][1]: value for (name, labels), value in seen.items() if name == "octavo:workers"}
+    assert workers == {"serving": 3, "starting": 1, "hosting": 0, "loaded": 0, "spare": 0}
+    fence = (("phase", "fence"),)
+    assert seen["octavo:failover_phase_seconds_count", fence] == 2
+    assert seen["octavo:failover_phase_seconds_sum", fence] == 0.5
+    seen = parse(metrics.render(stats(7), 4, epoch=3).decode())
+    assert not {"octavo:workers", "octavo:experts_uncovered"} & {name for name, _ in seen}
+    assert seen["octavo:workers_lost_total", ()] == 2
+
+
+def test_the_cells_counts_go_on_when_its_engine_starts_again_from_zero():
+    metrics = ServingMetrics("tiny", 512)
+    given = [cell(2, load=(2, 8.0)), cell(0), None, cell(1, load=(2, 9.0)), cell(1, load=(1, 0.5), fence=(1, 0.25))]
+    seen = [parse(metrics.render(stats(0), 4, cell=each).decode()) for each in given]
+    load, fence = (("phase", "load"),), (("phase", "fence"),)
+    assert [each["octavo:workers_lost_total", ()] for each in seen] == [2, 2, 2, 3, 3]
+    assert [each["octavo:stale_messages_total", ()] for each in seen] == [20, 20, 20, 30, 30]
+    assert [each["octavo:failover_phase_seconds_count", load] for each in seen] == [2, 2, 2, 4, 5]
+    assert [each["octavo:failover_phase_seconds_sum", load] for each in seen] == [8.0, 8.0, 8.0, 17.0, 17.5]
+    assert seen[-1]["octavo:failover_phase_seconds_sum", fence] == 0.25
 
 
 def test_the_time_of_tokens_that_come_together_is_shared():

@@ -186,6 +186,37 @@ def test_a_linear_gives_a_row_the_same_bits_at_every_number_of_rows(num_inputs, 
             assert same, f"seed {seed}: {num_outputs} outputs, rows [{begin}, {begin + num_rows})"
 
 
+def assert_mapped_as_packed(seed, hidden_size, expert_size, numbers_of_rows):
+    spec = replace(MOE, hidden_size=hidden_size, expert_size=expert_size)
+    weights = random_checkpoint(spec, seed)
+    packed, mapped = (ExpertHost(spec, torch.bfloat16, CPU) for _ in range(2))
+    packed.load(weights, 0, 0)
+    mapped.map(weights, 0, 0)
+    x_ND = torch.randn(400, hidden_size, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    for num_rows in numbers_of_rows:
+        rows = x_ND[400 - num_rows :]
+        same = torch.equal(mapped.forward(0, rows, [0], [num_rows]), packed.forward(0, rows, [0], [num_rows]))
+        assert same, f"seed {seed}: D={hidden_size}, F={expert_size}, {num_rows} rows"
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "expert_size"),
+    [(192, 96), (64, 48), (64, 96), (99, 28), (512, 1024), (576, 1536), (1536, 64), (2048, 768)],
+)
+def test_a_mapped_expert_gives_a_row_the_same_bits_as_a_packed_one(hidden_size, expert_size, threads):
+    """(99, 28) is where `F.linear` once made other bits of a single row, and 1,536 inputs where a single row did."""
+    assert_mapped_as_packed(hidden_size, hidden_size, expert_size, range(1, 131))
+
+
+def test_mapped_experts_of_any_size_give_a_row_the_same_bits_as_packed_ones(threads):
+    dice = random.Random(15)
+    for seed in range(40):
+        hidden_size = dice.choice([dice.randrange(1, 40), dice.randrange(1, 300), dice.randrange(1025, 2500)])
+        expert_size = dice.choice([dice.randrange(1, 40), dice.randrange(1, 300)])
+        rows = [1, 2, 3, 16, 17, *dice.sample(range(4, 131), 5), dice.randrange(131, 400)]
+        assert_mapped_as_packed(seed, hidden_size, expert_size, rows)
+
+
 def test_products_come_in_few_sizes():
     """Each costs a kernel of 1.3 MB, for as long as the process lives."""
     for num_inputs in (512, 2048):

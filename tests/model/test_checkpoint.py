@@ -1,6 +1,7 @@
 """A checkpoint is checked from its headers before anything starts, and read tensor by tensor."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from serve_app.errors import CheckpointError
 from serve_app.model.checkpoint import Checkpoint
-from serve_app.model.files import check_folder, expected_tensors
+from serve_app.model.files import check_folder, expected_tensors, locate_tensors
 from tests.model.families import VARIANTS, make_tiny
 
 
@@ -107,6 +108,68 @@ def test_what_was_read_is_unmapped_with_the_tensor(mixtral):
     kept = checkpoint.tensor("embed")
     assert checkpoint.tensor("norm").sum() != 0
     assert [begin <= kept.data_ptr() < end for begin, end, _ in mappings()] == [True]
+
+
+def num_descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_folder_that_is_removed_goes_on_serving(sharded):
+    expected = {
+        name: tensor.clone() for shard in sharded.glob("*.safetensors") for name, tensor in load_file(shard).items()
+    }
+    checkpoint = Checkpoint.open(sharded)
+    shutil.rmtree(sharded)
+    for name, tensor in expected_tensors(checkpoint.spec).items():
+        assert torch.equal(checkpoint.tensor(name), expected[tensor.hf_name])
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(mixtral):
+    checkpoint = Checkpoint.open(mixtral)
+    before = checkpoint.tensor("embed").clone()
+    (mixtral / "model.safetensors").rename(mixtral / "old")
+    (mixtral / "model.safetensors").write_bytes(bytes((mixtral / "old").stat().st_size))
+    assert torch.equal(checkpoint.tensor("embed"), before)
+
+
+def test_each_file_takes_one_descriptor_for_as_long_as_the_checkpoint_lives(sharded):
+    before = num_descriptors()
+    checkpoint = Checkpoint.open(sharded)
+    opened = num_descriptors() - before
+    assert opened == len(list(sharded.glob("*.safetensors")))
+    kept = [checkpoint.tensor(name) for name in expected_tensors(checkpoint.spec)]
+    assert num_descriptors() == before + opened
+    expected = kept[0].clone()
+    del checkpoint
+    assert num_descriptors() == before
+    assert torch.equal(kept[0], expected)
+
+
+def test_a_checkpoint_that_cannot_be_opened_leaves_no_descriptor(sharded):
+    spec, located = locate_tensors(sharded)
+    before = num_descriptors()
+    sorted(sharded.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(FileNotFoundError):
+        Checkpoint(spec, located)
+    assert num_descriptors() == before
+
+
+def test_a_tensor_may_begin_at_any_byte(mixtral):
+    """The format does not align: only those who write it do."""
+    before = Checkpoint.open(mixtral).tensor("embed").clone()
+    path = mixtral / "model.safetensors"
+    whole = path.read_bytes()
+    header_bytes = struct.unpack("<Q", whole[:8])[0]
+    path.write_bytes(
+        struct.pack("<Q", header_bytes + 1) + whole[8 : 8 + header_bytes] + b" " + whole[8 + header_bytes :]
+    )
+    assert torch.equal(Checkpoint.open(mixtral).tensor("embed"), before)
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(mixtral):
+    checkpoint = Checkpoint.open(mixtral)
+    checkpoint.tensor("embed").zero_()
+    assert checkpoint.tensor("embed").any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
+from serve_app.model.cpu import can_pack
 from serve_app.model.layers import Linear
 from serve_app.model.moe import ExpertHost, LocalExperts, SharedExpert, combine, group_by_expert, route
 from serve_app.model.random_weights import random_checkpoint
@@ -121,6 +122,102 @@ def test_a_dropped_expert_is_gone_and_can_come_back():
     assert torch.equal(host.forward(0, x, [3], [2]), before)
 
 
-def test_an_expert_that_no_checkpoint_has_is_a_key_error():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_that_no_checkpoint_has_is_a_key_error(dtype):
+    host = ExpertHost(MOE, dtype, CPU)
+    for take in (host.load, host.map):
+        with pytest.raises(KeyError):
+            take(random_checkpoint(MOE), 0, 8)
+    assert not host.holds(0, 8)
+
+
+# -- mapped ---------------------------------------------------------------------------------------------------------
+
+packs = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="nothing is packed on this CPU")
+
+
+class Stored:
+    """Weights in bf16, as a checkpoint of that dtype has them: the same tensor whenever it is asked for."""
+
+    def __init__(self, spec, seed):
+        self.spec, self._random = spec, random_checkpoint(spec, seed)
+        self._tensors = {}
+
+    def tensor(self, name):
+        if name not in self._tensors:
+            self._tensors[name] = self._random.tensor(name).bfloat16()
+        return self._tensors[name]
+
+
+def hosts_of(weights, packed, mapped):
+    host = ExpertHost(weights.spec, torch.bfloat16, CPU)
+    for expert in packed:
+        host.load(weights, 0, expert)
+    for expert in mapped:
+        host.map(weights, 0, expert)
+    return host
+
+
+@packs
+@pytest.mark.parametrize("mapped", [[3], [0, 5], range(8)], ids=str)
+def test_any_mixture_of_packed_and_mapped_gives_the_same_bits(mapped):
+    weights = Stored(MOE, 34)
+    packed, mixed = hosts_of(weights, range(8), []), hosts_of(weights, set(range(8)) - set(mapped), mapped)
+    assert (packed.num_mapped, mixed.num_mapped) == (0, len(mapped))
+    x = torch.randn(90, MOE.hidden_size, generator=torch.Generator().manual_seed(34)).bfloat16()
+    dice = random.Random(34)
+    ids = torch.tensor([dice.sample(range(8), 2) for _ in range(90)])
+    expected = LocalExperts(packed)(0, x, ids)
+    while True:
+        assert torch.equal(LocalExperts(mixed)(0, x, ids), expected)
+        if not mixed.pack_next():
+            break
+    assert mixed.num_mapped == 0
+
+
+@packs
+def test_a_mapped_expert_lies_where_the_checkpoint_has_it_until_it_is_packed():
+    weights = Stored(MOE, 35)
+    host = hosts_of(weights, [], [2])
+    stored = weights.tensor("layers.0.experts.2.gate")
+    before = stored.clone()
+    x = torch.ones(2, MOE.hidden_size, dtype=torch.bfloat16)
+    stored.zero_()
+    assert not host.forward(0, x, [2], [2]).any()
+    stored.copy_(before)
+    host.pack(0, 2)
+    stored.zero_()
+    assert host.forward(0, x, [2], [2]).any()
+
+
+@packs
+def test_mapped_experts_are_packed_in_the_order_they_came_and_can_be_dropped_before():
+    host = hosts_of(Stored(MOE, 36), [], [4, 1, 6])
+    host.drop(0, 1)
+    assert not host.holds(0, 1)
+    assert host.num_mapped == 2
+    host.pack(0, 6)
     with pytest.raises(KeyError):
-        ExpertHost(MOE, torch.float32, CPU).load(random_checkpoint(MOE), 0, 8)
+        host.pack(0, 6)
+    assert host.pack_next()
+    assert not host.pack_next()
+    assert host.holds(0, 4)
+    assert host.holds(0, 6)
+
+
+@packs
+def test_an_expert_that_is_taken_again_is_held_once():
+    weights = Stored(MOE, 37)
+    host = hosts_of(weights, [1], [1])
+    assert host.num_mapped == 1
+    host.load(weights, 0, 1)
+    assert host.num_mapped == 0
+    host.drop(0, 1)
+    assert not host.holds(0, 1)
+
+
+def test_where_nothing_is_packed_nothing_stays_mapped():
+    host = ExpertHost(MOE, torch.float32, CPU)
+    host.map(random_checkpoint(MOE), 0, 1)
+    assert host.holds(0, 1)
+    assert (host.num_mapped, host.pack_next()) == (0, False)

@@ -1,19 +1,20 @@
 """A whole cell in one process: the real engine loop, workers and router, each in a thread, over the real mesh."""
 
 import gc
+import queue
 import threading
 import uuid
 from contextlib import ExitStack
 
-from serve_app.engine.core import EngineCore
+from serve_app.engine.members import Enroll, Formed, Kill, Lost, Spawn, Stop
 from serve_app.engine.plan import Cancel, Submit
-from serve_app.runtime.engine_loop import EngineLoop
+from serve_app.runtime.engine_loop import EngineLoop, cell_core
 from serve_app.runtime.load import load
 from serve_app.runtime.mesh import Mesh
-from serve_app.runtime.names import ENGINE
+from serve_app.runtime.names import ENGINE, ROUTER
 from serve_app.runtime.router import Registry
-from serve_app.runtime.settings import engine_config, layout_of, slots_of
-from serve_app.runtime.wire import Attach, Form, From, Lost, Status, Stop, Tokens
+from serve_app.runtime.settings import layout_of, slots_of
+from serve_app.runtime.wire import Attach, From, Status, Tokens
 from serve_app.runtime.worker import Worker
 
 WAIT_S = 60.0
@@ -28,9 +29,13 @@ class ThreadedCell:
         spec = weights.spec
         self.layout, self.stages = layout_of(config, spec)
         self.registry = registry or Registry(self.layout, self.stages, spec.num_experts, slots_of(config, spec))
-        self.core = EngineCore(engine_config(config, spec, config.layout.pp))
-        self.epoch = 0
+        self.cell = cell_core(config, spec)
+        self.core = self.cell.core
         self.names = {}
+        self.orders = queue.SimpleQueue()
+        self.held = threading.Event()  # while it is cleared nobody is started
+        self.held.set()
+        self.killed = []
         self.workers = {}
         self.threads = []
         self._stack = ExitStack()
@@ -40,14 +45,29 @@ class ThreadedCell:
         self.router_mesh = self._stack.enter_context(Mesh())
         self.mesh = self._stack.enter_context(Mesh())
         self.mesh.connect(ENGINE, self.engine_mesh.address)
-        self._start(EngineLoop(self.core, self.engine_mesh).run)
-        for seat in self.layout.seats():
-            self.spawn(seat)
-        self.form()
+        self.loop = EngineLoop(self.cell, self.engine_mesh, self.orders.put)
+        self._start(self.loop.run)
+        self._start(self._keep)
+        self.mesh.connect(ROUTER, self.router_mesh.address)
+        self.mesh.send(ENGINE, Enroll(self.registry.tables(), self.router_mesh.address))
         self.beat()
         return self
 
+    def _keep(self):
+        """Does what the engine orders."""
+        while (order := self.orders.get()) is not None:
+            match order:
+                case Spawn(seat, pairs):
+                    self.held.wait(WAIT_S)
+                    self.spawn(seat, pairs)
+                case Formed():
+                    self.registry.record(order)
+                case Kill(name):
+                    self.killed.append(name)
+
     def __exit__(self, *exc):
+        self.held.set()
+        self.orders.put(None)
         self.mesh.send(ENGINE, Stop())
         for name in self.workers:
             self.mesh.send(name, Stop())
@@ -58,28 +78,24 @@ class ThreadedCell:
         self.workers.clear()
         gc.collect()  # a worker and its dispatcher know each other, and between them they hold a model
 
-    def spawn(self, seat):
-        name = f"w{seat.stage}.{seat.replica}.{seat.shard}-{uuid.uuid4().hex[:4]}"
-        pairs = self.registry.pairs()[seat]
-        loaded = load(self.weights, self.config, self.stages[seat.stage], seat.shard, pairs)
+    def spawn(self, seat, pairs):
+        name = f"w{uuid.uuid4().hex[:4]}" if seat is None else f"w{seat.stage}.{seat.replica}.{seat.shard}"
+        name = f"{name}-{uuid.uuid4().hex[:4]}"
         mesh = self._stack.enter_context(Mesh())
         mesh.connect(ENGINE, self.engine_mesh.address)
         self.mesh.connect(name, mesh.address)
         self.names[seat] = name
-        self.workers[name] = self._worker(name, loaded, mesh)
+        self.workers[name] = self._worker(name, self._load, mesh, seat, pairs)
         self._start(self.workers[name].run)
+
+    def _load(self, seat, pairs):
+        return load(self.weights, self.config, self.stages[seat.stage], seat.shard, pairs)
 
     def lose(self, seat):
         """The worker of a seat leaves without a word; the watcher notices."""
-        self.mesh.send(self.names[seat], Stop())
-        self.mesh.send(ENGINE, Lost(self.names[seat], "the test ended it"))
-
-    def form(self):
-        self.epoch += 1
-        seats = [(name, *seat) for seat, name in self.names.items()]
-        form = Form(self.epoch, seats, self.router_mesh.address, self.registry.tables())
-        self.registry.record(form)
-        self.mesh.send(ENGINE, form)
+        name = self.names.pop(seat)
+        self.mesh.send(name, Stop())
+        self.mesh.send(ENGINE, Lost(name, "the test ended it", seat))
 
     def beat(self):
         """A sign of life, as an ingress replica gives one a second."""

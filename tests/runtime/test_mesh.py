@@ -1,5 +1,8 @@
 """The mesh, over real sockets."""
 
+import queue
+import threading
+
 import pytest
 import torch
 import zmq
@@ -89,3 +92,30 @@ def test_only_holders_of_the_cell_key_are_heard():
         assert inbox.receive(1.0) is None
         assert inbox.num_dropped == 0
         socket.close(0)
+
+
+@pytest.mark.parametrize("key", [None, CellKey.make()])
+def test_a_watcher_hears_of_each_connection_that_is_made_or_broken(key):
+    heard = queue.Queue()
+    with Mesh(key=key) as here:
+        here.watch("there", lambda *link: heard.put(link))
+        for _ in range(2):
+            with Mesh(key=key) as there:
+                here.connect("there", there.address)
+                assert heard.get(timeout=WAIT_S) == (there.address, True)
+            assert heard.get(timeout=WAIT_S) == (there.address, False)
+        with Mesh(key=key) as other:
+            here.connect("other", other.address)
+            here.send("other", Stop())
+            assert other.receive(WAIT_S).message == Stop()
+    assert heard.empty()
+
+
+def test_nobody_goes_on_watching_a_socket_that_is_closed():
+    with Mesh() as here, Mesh() as there:
+        here.watch("there", lambda *_: None)
+        here.connect("there", there.address)
+        [watching] = [thread for thread in threading.enumerate() if thread.name == "mesh-watch"]
+        here.disconnect("there")
+        watching.join(WAIT_S)
+        assert not watching.is_alive()

@@ -3,11 +3,12 @@
 import msgspec
 import pytest
 
+from serve_app.engine.members import Formed
 from serve_app.experts.layout import Layout, Seat
 from serve_app.experts.placement import Slots
 from serve_app.runtime.router import WINDOW_S, Registry
 from serve_app.runtime.snapshot import CellView
-from serve_app.runtime.wire import Form, Report
+from serve_app.runtime.wire import Report
 
 LAYOUT = Layout(num_stages=2, num_replicas=2, num_shards=2)
 STAGES = [range(2), range(2, 5)]
@@ -22,7 +23,7 @@ def name_of(seat, generation=1):
 
 def form_of(registry, epoch=1, generation=1):
     seats = [(name_of(seat, generation), *seat) for seat in LAYOUT.seats()]
-    return Form(epoch, seats, "router", registry.tables())
+    return Formed(epoch, seats, registry.tables())
 
 
 def report_of(seat, counts, generation=1, epoch=1, resident_bytes=7):
@@ -227,6 +228,7 @@ def test_the_view_is_whole_before_the_first_epoch():
 
 def test_the_view_shows_who_sits_where_and_holds_what(registry):
     registry.settle(NODES)
+    registry.record(form_of(registry))
     registry.add(report_of(Seat(1, 1, 0), [(2, 0, 5)], resident_bytes=123), 0.0)
     view = registry.snapshot(0.0)
     assert (view.epoch, view.tp, view.pp, view.dp) == (1, 2, 2, 2)

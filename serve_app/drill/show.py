@@ -1,0 +1,121 @@
+"""A drill at the terminal: what it is going to do, how it goes, what it found."""
+
+import asyncio
+import sys
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from serve_app.cluster.strike import Strikers
+from serve_app.drill.ask import DrillError
+from serve_app.drill.drill import Drill, Settings, inspect
+from serve_app.drill.report import KillFigures, Report
+from serve_app.drill.targets import targets
+from serve_app.runtime.snapshot import ProcessView
+
+INTERRUPTED = 130
+_PHASES = ("notice", "fence", "repair", "load", "first token", "restored")  # in this order; then whatever else there is
+
+
+def run_drill(settings: Settings, *, yes: bool, as_json: bool, console: Console) -> int:
+    """Hold a drill and print what it found to stdout. The exit status: 0, or 130 after Ctrl-C.
+
+    DrillError if it found a fault, or could not be held.
+    """
+    _check(settings)
+    processes = asyncio.run(inspect(settings))
+    if not yes:
+        _confirm(_intent(settings, processes), console)
+    interrupted = False
+    with console.status("finding the processes") as status, Strikers() as hand:
+        hand.warm()
+        drill = Drill(settings, hand, lambda text: status.update(escape(text)))
+        try:
+            asyncio.run(drill.run())
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            drill.thaw()
+        report = drill.report()
+    _print(report, as_json=as_json)
+    if interrupted:
+        return INTERRUPTED
+    if not report.passed:
+        raise DrillError("; ".join(report.problems))
+    return 0
+
+
+def _check(settings: Settings) -> None:
+    if settings.thaw_after_s is not None and not settings.freeze:
+        raise DrillError("--thaw-after is for what --freeze froze")
+    if settings.freeze and "node" in settings.roles:
+        raise DrillError("a node is killed, not frozen: leave --freeze or --kill node out")
+
+
+def _intent(settings: Settings, processes: Sequence[ProcessView]) -> str:
+    verb = "freeze" if settings.freeze else "kill"
+    what = [
+        f"{settings.count} x a node with all that Ray runs on it"
+        if role == "node"
+        else f"{settings.count} x {role} (of {len(targets(role, processes, ()))})"
+        for role in settings.roles
+    ]
+    return f"This will {verb}, at {settings.url}, under load, one after another: {', '.join(what)}."
+
+
+def _confirm(intent: str, console: Console) -> None:
+    if not sys.stdin.isatty():
+        raise DrillError(f"{intent} Say --yes: there is nobody to ask")
+    console.print(escape(intent), highlight=False)
+    typer.confirm("Go on?", abort=True, err=True)
+
+
+def _print(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+        return
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    console = Console()
+    if report.kills:
+        console.print(_table(report))
+    console.print(_summary(report), highlight=False)
+
+
+def _table(report: Report) -> Table:
+    """A row for each kill. Seconds."""
+    phases = [phase for phase in _PHASES if phase in report.phases]
+    phases += sorted(report.phases.keys() - set(phases))
+    headings = ("struck", "streams", "gap p50", "p99", "max", *phases, "whole")
+    table = Table(*headings, title="Seconds of each strike", title_justify="left", box=SIMPLE)
+    for kill in report.kills:
+        gaps = (kill.p50_gap_s, kill.p99_gap_s, kill.max_gap_s)
+        table.add_row(escape(_name(kill)), str(kill.num_streams), *map(_seconds, gaps), *_phases(kill, phases))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _name(kill: KillFigures) -> str:
+    return f"{kill.role} {kill.name}" + (", frozen" if kill.frozen else "")
+
+
+def _phases(kill: KillFigures, phases: Sequence[str]) -> Iterator[str]:
+    for phase in phases:
+        yield _seconds(kill.phases[phase]) if phase in kill.phases else "-"
+    yield "yes" if kill.restored else "no"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds < 9.9995 else f"{seconds:.1f}"
+
+
+def _summary(report: Report) -> str:
+    return (
+        f"{report.num_streams} streams: {report.failed} failed, {report.different} differ from the undisturbed run; "
+        f"{report.num_resumed} times one went on over another connection; longest gap {_seconds(report.max_gap_s)} s"
+    )
