@@ -61,7 +61,9 @@ class ResilienceConfig(_Section):
     spares: int = Field(0, ge=0, description="warm workers without a seat: one takes the seat of a dead one at once")
     hung_s: float = Field(2.0, gt=0.5, description="seconds without a sign of life after which a worker is killed")
     stuck_s: float = Field(60.0, gt=1, description="seconds that a worker's loop may take for one turn")
-    step_limit_s: float = Field(120.0, gt=1, description="seconds after which a step is held to wait for a lost message")
+    step_limit_s: float = Field(
+        120.0, gt=1, description="seconds after which a step is held to wait for a lost message"
+    )
     orphan_s: float = Field(60.0, gt=5, description="seconds that workers and router wait for a new engine")
     resume_s: float = Field(30.0, ge=0, description="seconds that a stream is kept for a client that lost its ingress")
 

@@ -81,9 +81,7 @@ class _Stopping:
 class Cell:
     """Router and workers of one model instance. `run` keeps them alive; it lives in a thread of its own."""
 
-    def __init__(
-        self, app: str, config: OctavoConfig, spec: ModelSpec, network: Network, engine_address: str
-    ) -> None:
+    def __init__(self, app: str, config: OctavoConfig, spec: ModelSpec, network: Network, engine_address: str) -> None:
         """`app`: what tells this cell's actors from another's in the same cluster."""
         self._config = config
         self._spec = spec
@@ -276,10 +274,10 @@ class Cell:
             self._wait = None
 
     def _place_for(self, seat: Seat | None) -> Seat | None:
-        """The seat's own place if it is free: a spare that took the seat lives elsewhere, and its place is free then."""
+        """A free one. A spare that has taken a seat lives elsewhere than there, so that any place may be free."""
         taken = {worker.place for worker in self._workers.values()}
-        seats = self._layout.seats() if seat is None else [seat]
-        for place in [*(self._groups.spare_places() if seat is None else seats), *self._groups.spare_places(), *seats]:
+        spares, seats = self._groups.spare_places(), self._layout.seats()
+        for place in [*spares, *seats] if seat is None else [seat, *spares]:
             if place in self._nodes and place not in taken:
                 return place
         return None
@@ -302,9 +300,12 @@ class Cell:
             wanted.order.seat,
             self._stages,
             wanted.order.pairs,
+            wanted.order.in_haste,
             self._network,
             self._engine_address,
             self._groups.name(place),
+            self._spec,
+            self._loop.addresses(),
         )
         self._watch(name, wanted.order.seat, place, actor, run)
 
@@ -318,8 +319,8 @@ class Cell:
         """Called by Ray's own thread, the moment it knows: the engine loop hears of it without a detour."""
         worker = self._workers.get(name)
         if worker is not None and not self._stopping:
-            self._mesh.send(ENGINE, Lost(name, "its process ended", worker.seat))
             self._inbox.put(_Ended(name))
+            self._mesh.send(ENGINE, Lost(name, "its process ended", worker.seat))
 
     def _bury(self, name: str) -> None:
         """Take the dead off the list. An OctavoError goes up: a respawn would only meet it again."""

@@ -31,7 +31,6 @@ class EngineService:
         found = Names(app).network()
         self._network = found or choose_network(config.network)
         self._mesh = self._network.mesh()
-        self._mesh.connect(ENGINE, self._mesh.address)  # to stop its own loop
         self._cell = Cell(app, config, spec, self._network, self._mesh.address)
         self._core = EngineLoop(cell_core(config, spec), self._mesh, self._cell.order, config.resilience.resume_s)
         if found is not None:

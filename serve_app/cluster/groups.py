@@ -40,7 +40,8 @@ class Groups:
         """`prefix`: of the groups' names in Ray."""
         self._prefix = prefix
         self._spares = [(-1, i) for i in range(num_spares)]
-        self._keys = sorted({(seat.stage, seat.replica) for seat in layout.seats()})
+        # replica by replica, so that these fill nodes one after the other: a node then takes few replicas with it
+        self._keys = sorted({(seat.stage, seat.replica) for seat in layout.seats()}, key=lambda key: key[::-1])
         self._demand = Demand(
             num_groups=len(self._keys),
             group_workers=layout.num_shards,

@@ -5,6 +5,7 @@ engine has been heard for long. A later engine finds it by its name, and adopts 
 """
 
 import asyncio
+import logging
 import os
 
 import ray
@@ -12,10 +13,14 @@ import ray
 from serve_app.cluster.groups import remove_group
 from serve_app.cluster.node import Network, log_to_stderr
 from serve_app.config import OctavoConfig
+from serve_app.errors import OctavoError
 from serve_app.experts.layout import Seat
 from serve_app.experts.placement import Pair
+from serve_app.model.spec import ModelSpec
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.wire import Adopt
+
+log = logging.getLogger("serve_app.worker")
 
 LINGER_S = 5.0  # before the process ends: for Ray to carry the last words to whoever waits for them
 
@@ -28,13 +33,18 @@ class WorkerActor:
         seat: Seat | None,
         stages: list[range],
         pairs: list[Pair],
+        in_haste: bool,
         network: Network,
         engine_address: str,
         group: str,
+        spec: ModelSpec,
+        peers: list[str],
     ) -> None:
         """Load, say hello to the engine, and serve until stopped. Errors of loading are this call's errors.
 
+        `in_haste`: streams wait for it, so that its experts are packed later. A spare's are, always.
         `group`: the name of the placement group that it lives in, which it gives back should it end as an orphan.
+        `peers`: inboxes of living workers, whose memory serves where the checkpoint `spec` is of is gone from the disk.
         """
         log_to_stderr()
         self._ended = asyncio.Event()
@@ -44,25 +54,42 @@ class WorkerActor:
         self._own = network.mesh()  # to speak to its own inbox
         self._own.connect(name, self._mesh.address)
         try:
-            await asyncio.to_thread(self._work, seat, stages, pairs)
+            await asyncio.to_thread(self._work, seat, stages, pairs, in_haste or seat is None, spec, peers)
             remove_group(group)  # nobody else is left to do it; a living engine would have asked for it again
         finally:
             self._ended.set()
             asyncio.get_running_loop().call_later(LINGER_S, os._exit, 0)
 
-    def _work(self, seat: Seat | None, stages: list[range], pairs: list[Pair]) -> None:
+    def _work(
+        self,
+        seat: Seat | None,
+        stages: list[range],
+        pairs: list[Pair],
+        in_haste: bool,
+        spec: ModelSpec,
+        peers: list[str],
+    ) -> None:
         # torch is for this process alone: the engine, which imports this module too, stays small without it
         from serve_app.fetch.hub import resolve
         from serve_app.fetch.progress import silent
         from serve_app.model.checkpoint import Checkpoint
+        from serve_app.model.moe import Weights
         from serve_app.runtime.load import Loaded, load
+        from serve_app.runtime.peer_weights import PeerWeights
         from serve_app.runtime.worker import Worker
 
         config = self._config
-        weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
+        weights: Weights
+        try:
+            weights = Checkpoint.open(resolve(config.model, silent, fetch=False))
+        except OctavoError as error:
+            if not peers:
+                raise
+            log.warning("%s takes its weights from %d peers: %s", self._name, len(peers), error)
+            weights = PeerWeights(spec, self._network.mesh(), peers)
 
         def load_seat(seat: Seat, pairs: list[Pair]) -> Loaded:
-            return load(weights, config, stages[seat.stage], seat.shard, pairs)
+            return load(weights, config, stages[seat.stage], seat.shard, pairs, pack=not in_haste)
 
         node = ray.get_runtime_context().get_node_id()
         with self._mesh as mesh:
@@ -81,5 +108,3 @@ class WorkerActor:
         if config == self._config:
             self._own.send(self._name, Adopt(engine_address))
         return config == self._config
-
-

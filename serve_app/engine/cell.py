@@ -1,11 +1,11 @@
 """The engine and the membership of one cell, driven as one object by the cluster's engine loop and by the simulator."""
 
 from serve_app.engine.core import EngineCore
-from serve_app.engine.members import Beat, Enroll, Hello, Joined, Lost, Tick
+from serve_app.engine.members import Beat, Enroll, Hello, Joined, Lost, Parted, Tick
 from serve_app.engine.membership import MemberCommand, Membership
 from serve_app.engine.plan import Begin, Cancel, Command, Emit, Run, StepDone, Submit
 
-CellEvent = StepDone | Submit | Cancel | Enroll | Hello | Joined | Beat | Lost | Tick
+CellEvent = StepDone | Submit | Cancel | Enroll | Hello | Joined | Beat | Lost | Parted | Tick
 CellCommand = Command | MemberCommand
 
 

@@ -84,6 +84,12 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag="lost"):
     seat: Seat | None = None  # that it was meant for: it may have died before it said Hello
 
 
+class Parted(msgspec.Struct, frozen=True, array_like=True, tag="parted"):
+    """The connection to a worker was closed: the first that is heard of a process that died."""
+
+    name: str
+
+
 class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):
     """Time has passed: what is due by time is looked at."""
 
@@ -137,6 +143,7 @@ class Spawn(msgspec.Struct, frozen=True, array_like=True, tag="spawn"):
 
     seat: Seat | None
     pairs: list[tuple[int, int]]
+    in_haste: bool = False  # streams wait for it
 
 
 class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):

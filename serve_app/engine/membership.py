@@ -28,6 +28,7 @@ from serve_app.engine.members import (
     Lost,
     Member,
     Note,
+    Parted,
     Spawn,
     StageTable,
     Stop,
@@ -40,10 +41,12 @@ from serve_app.experts.layout import Layout, Seat
 from serve_app.experts.placement import Placement, Slots
 from serve_app.experts.repair import repair
 
-MemberEvent = Enroll | Hello | Joined | Beat | Lost | Tick
+MemberEvent = Enroll | Hello | Joined | Beat | Lost | Parted | Tick
 MemberCommand = Tell | Spawn | Kill | Formed | Note | Begin
 
 RESPAWN_AFTER_S = 1.0  # of the epoch without it, a new worker is started: its start must not slow the streams' return
+EPOCHS_APART = 100  # an engine that died may have called as many that nobody has joined so far, and some still may
+ASK_AGAIN_S = 1.0  # a worker that has not answered for this long is asked again: a message may have been lost
 OWN_PAUSE_S = 1.0  # ticks come more often; an engine that was itself paused must not take it for others' silence
 
 
@@ -62,8 +65,12 @@ class _Worker:
     hello: Hello
     seat: Seat | None
     heard_s: float
-    is_taking: bool = False  # a spare that loads a seat
+    asked: Tell | None = None  # to take a seat: a spare that loads it
     num_stale: int = 0
+
+    @property
+    def is_taking(self) -> bool:
+        return self.asked is not None
 
     @property
     def name(self) -> str:
@@ -76,7 +83,7 @@ class _Forming:
 
     epoch: int
     seats: dict[Seat, str]
-    awaited: set[str]
+    awaited: dict[str, Tell]  # those who have yet to join, and how they were called
     called_s: float
     load_s: float = 0.0  # of the slowest
 
@@ -109,17 +116,20 @@ class Membership:
         self._workers: dict[str, _Worker] = {}
         self._given_up: dict[str, str] = {}  # name -> address, "" where none is known
         self._starting: set[Seat] = set()
-        self._deferred: list[Seat] = []  # seats that get a new worker once the streams run again
+        self._deferred: list[Seat | None] = []  # workers (None: a spare) that are started once the streams run again
         self._num_spares_starting = 0
         self._first: set[Seat] = set(layout.seats())  # seats that the cell's first epoch waits for
         self._forming: _Forming | None = None
         self._serving: dict[Seat, str] = {}  # of the newest epoch that began
+        self._vacant: set[Seat] = set()  # whose workers were lost before the first Enroll
         self._in_pause = False  # an epoch was left, and no other can be formed yet
         self._last_epoch = 0
+        self._stride = 1  # from there to the next
         self._began_s = 0.0  # the newest epoch
         self._failover: _Failover | None = None
         self._last_loss = ""
         self._last_tick_s: float | None = None
+        self._asked_s = 0.0  # when those who had not answered were last asked again
         self._phase_seconds: dict[str, tuple[int, float]] = {}
         self._num_lost = self._num_stale = 0
         self.epoch = 0  # the newest that began
@@ -137,6 +147,9 @@ class Membership:
                 return list(self._beat(event, now))
             case Lost():
                 return list(self._lost(event, now))
+            case Parted(name):
+                why = "its connection was closed"
+                return list(self._give_up(name, why, now)) if name in self._workers else []
             case Tick():
                 return list(self._tick(now))
 
@@ -165,8 +178,8 @@ class Membership:
         return self._phase()[1]
 
     def states(self) -> dict[str, tuple[Hello, str]]:
-        """Each worker's own account, and its state as in `CellStats`."""
-        return {worker.name: (worker.hello, self._state(worker)) for worker in self._workers.values()}
+        """Each worker's own account, and its state as in `CellStats`. Another thread may ask."""
+        return {worker.name: (worker.hello, self._state(worker)) for worker in list(self._workers.values())}
 
     def stats(self) -> CellStats:
         """O(workers + experts)."""
@@ -230,9 +243,11 @@ class Membership:
         ]
         if not is_first:
             return
-        found = set(event.found)
+        found = set(event.found) - self._vacant
         if found:  # a new engine goes on with whoever is left
             self._first &= found
+        if event.found or event.num_spares_found:
+            self._stride = EPOCHS_APART
         for seat in self._layout.seats():
             if seat not in found and seat not in self._seated():
                 yield self._spawn(seat)
@@ -245,7 +260,7 @@ class Membership:
             self._num_spares_starting += 1
             return Spawn(None, [])
         self._starting.add(seat)
-        return Spawn(seat, self._pairs(seat))
+        return Spawn(seat, self._pairs(seat), self._in_pause)
 
     def _pairs(self, seat: Seat) -> list[tuple[int, int]]:
         """What the worker of a seat holds at full strength."""
@@ -258,7 +273,7 @@ class Membership:
             return
         seat = hello.seat
         known = self._workers.get(hello.name)
-        if known is not None and not known.is_taking:
+        if known is not None and (not known.is_taking or seat is None):
             known.heard_s = now
             return
         if seat is not None and self._seated().get(seat, hello.name) != hello.name:
@@ -299,11 +314,26 @@ class Membership:
             for worker in self._workers.values():
                 worker.heard_s += paused_s
         if self._forming is None and now - self._began_s > RESPAWN_AFTER_S:
-            yield from self._spawn_deferred()
+            yield from self._spawn_deferred(list(self._deferred))
         for worker in list(self._workers.values()):
             silent_s = now - worker.heard_s
             if silent_s > self._config.hung_s and worker.name in self._workers:
                 yield from self._give_up(worker.name, f"it has given no sign of life for {silent_s:.1f} s", now)
+        if now - self._asked_s > ASK_AGAIN_S:
+            self._asked_s = now
+            yield from self._ask_again(now)
+
+    def _ask_again(self, now: float) -> Iterator[MemberCommand]:
+        """Those who have not answered; who never does is held for dead."""
+        yield from [worker.asked for worker in self._workers.values() if worker.asked is not None]
+        forming = self._forming
+        if forming is None or now - forming.called_s < ASK_AGAIN_S:
+            return
+        if now - forming.called_s < self._config.stuck_s:
+            yield from list(forming.awaited.values())
+            return
+        for name in forming.awaited:
+            yield from self._give_up(name, f"it has not joined epoch {forming.epoch} in all this time", now)
 
     def _give_up(self, name: str, why: str, now: float) -> Iterator[MemberCommand]:
         """Hung becomes dead: it is killed, and should it come back before that, it is told to end."""
@@ -335,17 +365,19 @@ class Membership:
         if worker is not None and lost.name in (*self._serving.values(), *self._called()):
             self._begin_failover(worker, now)
         yield from self._fill(seat)
-        yield from self._form(now)
-        if not self.is_ready or self._forming is None:  # nobody serves: there is nothing to wait for
-            yield from self._spawn_deferred()
+        if seat in {*self._serving, *self._called()} or not self.epoch:  # who dies while it loads disturbs nobody
+            yield from self._form(now)
+        if not self.is_ready or self._forming is None:  # nobody serves: the streams wait for these very seats
+            yield from self._spawn_deferred([seat for seat in self._deferred if seat is not None])
 
-    def _spawn_deferred(self) -> Iterator[MemberCommand]:
-        seats, self._deferred = self._deferred, []
+    def _spawn_deferred(self, seats: list[Seat | None]) -> Iterator[MemberCommand]:
         for seat in seats:
+            self._deferred.remove(seat)
             yield self._spawn(seat)
 
     def _num_spares(self) -> int:
-        return self._num_spares_starting + sum(w.seat is None for w in self._workers.values())
+        waiting = sum(worker.seat is None for worker in self._workers.values())
+        return self._num_spares_starting + waiting + self._deferred.count(None)
 
     def _called(self) -> dict[Seat, str]:
         return {} if self._forming is None else self._forming.seats
@@ -357,14 +389,16 @@ class Membership:
     def _fill(self, seat: Seat) -> Iterator[MemberCommand]:
         """A spare takes the seat, and is replaced; without one a new worker is started for it."""
         if not self._target:
+            self._vacant.add(seat)
             return
         spare = next((worker for worker in self._workers.values() if worker.seat is None), None)
         if spare is None:
             self._starting.add(seat)
             self._deferred.append(seat)
             return
-        spare.seat, spare.is_taking = seat, True
-        yield Tell(spare.name, spare.hello.address, Take(seat, self._pairs(seat)))
+        self._starting.discard(seat)
+        spare.seat, spare.asked = seat, Tell(spare.name, spare.hello.address, Take(seat, self._pairs(seat)))
+        yield spare.asked
         yield self._spawn(None)
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
@@ -383,13 +417,15 @@ class Membership:
             yield from self._pause(seats)
             return
         self._current = self._repaired(seats, anew=is_whole_again)
-        self._last_epoch += 1
-        self._forming = _Forming(self._last_epoch, seats, set(seats.values()), now)
+        self._last_epoch, self._stride = self._last_epoch + self._stride, 1
         members = [self._member(seat, name) for seat, name in sorted(seats.items())]
         tables = self._tables()
-        for seat, name in seats.items():
-            join = Join(self._last_epoch, members, tables[seat.stage], self._router)
-            yield Tell(name, self.address_of(name), join)
+        calls = {
+            name: Tell(name, self.address_of(name), Join(self._last_epoch, members, tables[seat.stage], self._router))
+            for seat, name in seats.items()
+        }
+        self._forming = _Forming(self._last_epoch, seats, calls, now)
+        yield from list(calls.values())
         if self._failover is not None and self._failover.began_s is None:
             self._failover.seconds["repair"] = self._clock() - begun_s
 
@@ -402,9 +438,7 @@ class Membership:
     def _whole(self, seats: dict[Seat, str]) -> set[int]:
         """Replicas all of whose seats are filled."""
         filled = Counter(seat.replica for seat in seats)
-        return {
-            replica for replica, num in filled.items() if num == self._layout.num_stages * self._layout.num_shards
-        }
+        return {replica for replica, num in filled.items() if num == self._layout.num_stages * self._layout.num_shards}
 
     def _repaired(self, seats: dict[Seat, str], *, anew: bool) -> list[Placement]:
         """The placement of the living: what moves is as little as can be, or, `anew`, as near to full strength."""
@@ -429,7 +463,7 @@ class Membership:
         forming = self._forming
         if forming is None or joined.epoch != forming.epoch or joined.name not in forming.awaited:
             return
-        forming.awaited.discard(joined.name)
+        del forming.awaited[joined.name]
         forming.load_s = max(forming.load_s, joined.load_s)
         if not forming.awaited:
             yield from self._begin(forming, now)

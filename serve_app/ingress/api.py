@@ -153,7 +153,10 @@ def _info_routes(engine: Engine, model: ModelInfo, metrics: ServingMetrics, max_
     async def scrape() -> Response:
         """Prometheus text format."""
         status = await ask(engine, max_wait_s)
-        return Response(metrics.render(status.stats, status.page_tokens), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            metrics.render(status.stats, status.page_tokens, epoch=status.epoch, cell=status.cell),
+            media_type=CONTENT_TYPE_LATEST,
+        )
 
     return router
 

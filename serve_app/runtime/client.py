@@ -18,7 +18,7 @@ from serve_app.engine.plan import Cancel, Submit
 from serve_app.engine.request import Emission, Request
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.names import ENGINE
-from serve_app.runtime.wire import Attach, From, Status, Tokens
+from serve_app.runtime.wire import Attach, From, Moved, Status, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +129,15 @@ class EngineClient:
             raise ConnectionLostError(f"{why}, and {len(self._streams)} requests wait for it already")
 
     def _open(self, request: Request) -> "_Stream":
-        older = self._streams.pop(request.rid, None)
-        if older is not None:
-            older.items.put_nowait(TakenOverError("taken over by a newer connection"))
+        self._hand_over(request.rid)
         stream = self._streams[request.rid] = _Stream(request, self._loop.time())
         return stream
+
+    def _hand_over(self, rid: str) -> None:
+        """To a newer connection, here or at another ingress replica."""
+        older = self._streams.pop(rid, None)
+        if older is not None:
+            older.items.put_nowait(TakenOverError("taken over by a newer connection"))
 
     def _leave(self, stream: "_Stream") -> None:
         """The reader has gone. What an engine that is away had of the request died with it."""
@@ -157,11 +161,14 @@ class EngineClient:
     def _read(self) -> None:
         while not self._closed.is_set():
             received = self._mesh.receive(BEAT_S)
-            if received is not None and isinstance(received.message, Tokens | Status):
+            if received is not None and isinstance(received.message, Tokens | Status | Moved):
                 self._loop.call_soon_threadsafe(self._deliver, received.message)
 
-    def _deliver(self, message: Tokens | Status) -> None:
+    def _deliver(self, message: Tokens | Status | Moved) -> None:
         self._heard_s = self._loop.time()
+        if isinstance(message, Moved):
+            self._hand_over(message.rid)
+            return
         if isinstance(message, Status):
             self._status, self._status_s = message, self._heard_s
             self._epoch = max(self._epoch, message.epoch)

@@ -21,6 +21,7 @@ from serve_app.engine.members import (
     Kill,
     Lost,
     Note,
+    Parted,
     Spawn,
     Stop,
     Tell,
@@ -31,10 +32,10 @@ from serve_app.engine.plan import Cancel, Emit, Run, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.model.spec import ModelSpec
 from serve_app.runtime.mesh import Mesh
-from serve_app.runtime.names import ROUTER
+from serve_app.runtime.names import ENGINE, ROUTER
 from serve_app.runtime.settings import engine_config, layout_of, membership_config, slots_of
 from serve_app.runtime.snapshot import EventView, ProcessView
-from serve_app.runtime.wire import Attach, From, Message, Phase, Ping, Record, Status, Tokens
+from serve_app.runtime.wire import Attach, From, Message, Moved, Phase, Ping, Record, Status, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class EngineLoop:
         """`order`: tells the keeper what to do; must not wait. `resume_s`: how long streams are kept without reader."""
         self._cell = cell
         self._mesh = mesh
+        mesh.connect(ENGINE, mesh.address)  # what is seen in other threads is told to this one
         self._order = order
         self._resume_s = resume_s
         self._owners: dict[str, str] = {}  # rid -> ingress replica
@@ -91,6 +93,10 @@ class EngineLoop:
         """What the cell waits for, in words. Other threads read it."""
         return self._told[1]
 
+    def addresses(self) -> list[str]:
+        """Of the living workers' inboxes. Other threads ask."""
+        return [hello.address for hello, _ in self._cell.members.states().values()]
+
     def processes(self) -> list[ProcessView]:
         """Workers and ingress replicas. Other threads ask: a snapshot of what changes seldom."""
         views = [
@@ -119,13 +125,13 @@ class EngineLoop:
         match message:
             case StepDone():
                 self._obey(self._cell.on(message, time.monotonic()))
-            case Joined() | Beat():
+            case Joined() | Beat() | Parted():
                 self._on(message)
             case Lost(name):
                 self._on(message)
                 self._mesh.disconnect(name)
             case Hello(name, address):
-                self._mesh.connect(name, address)
+                self._meet(name, address)
                 self._on(message)
             case Enroll(_, router):
                 self._mesh.connect(ROUTER, router)
@@ -144,6 +150,16 @@ class EngineLoop:
                 self._stop()
             case _:
                 log.warning("the engine does not know what to do with %s", type(message).__name__)
+
+    def _meet(self, name: str, address: str) -> None:
+        """Connect, so that the end of the connection tells of the worker's end: sooner than anything else does."""
+
+        def see_link(_: str, is_up: bool) -> None:
+            if not is_up:
+                self._mesh.send(ENGINE, Parted(name))
+
+        self._mesh.watch(name, see_link)
+        self._mesh.connect(name, address)
 
     def _on(self, event: CellEvent) -> None:
         """What may change the membership, and with it the cell's word about itself."""
@@ -179,6 +195,9 @@ class EngineLoop:
     def _enter(self, name: str, event: Submit | Cancel) -> None:
         """A request belongs to the ingress replica that asked for it last; a cancellation counts from there only."""
         if isinstance(event, Submit):
+            before = self._owners.get(event.request.rid, name)
+            if before != name:
+                self._mesh.send(before, Moved(event.request.rid))
             self._owners[event.request.rid] = name
             self._orphans.pop(event.request.rid, None)
         elif self._owners.get(event.rid) != name:

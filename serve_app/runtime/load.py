@@ -58,14 +58,19 @@ def load(
     shard: int,
     pairs: list[Pair],
     timer: StepTimer | None = None,
+    *,
+    pack: bool = True,
 ) -> Loaded:
-    """Read one shard's part of `layers` and the experts `pairs`, and lay out the KV pages. OctavoError if it cannot."""
+    """Read one shard's part of `layers` and the experts `pairs`, and lay out the KV pages. OctavoError if it cannot.
+
+    Without `pack` the experts are mapped only, which is at once: for a seat whose streams wait.
+    """
     begun_s = time.monotonic()
     torch.set_num_threads(config.worker.num_threads)
     dtype, device = pick_dtype(_device(config), config.dtype), _device(config)
     host = ExpertHost(weights.spec, dtype, device)
     loaded = Loaded(weights, load_stage(weights, config, layers, shard, timer), host, set())
-    loaded.host_experts(pairs, pack=True)
+    loaded.host_experts(pairs, pack=pack)
     loaded.load_s = time.monotonic() - begun_s
     return loaded
 

@@ -130,6 +130,7 @@ class Mesh:
     def disconnect(self, name: str) -> None:
         with self._sending:
             known = self._peers.pop(name, None)
+            self._watchers.pop(name, None)
             if known:
                 known[1].close(0)
 

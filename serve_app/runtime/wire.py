@@ -6,7 +6,7 @@ Every message that acts on a membership carries its epoch; a receiver drops thos
 import msgspec
 
 from serve_app.engine.core import EngineStats
-from serve_app.engine.members import Beat, CellStats, Enroll, Formed, Hello, Join, Joined, Leave, Lost, Stop, Take
+from serve_app.engine.members import Beat, CellStats, Enroll, Formed, Hello, Join, Joined, Leave, Lost, Parted, Stop, Take
 from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.model.timing import Span
@@ -25,6 +25,21 @@ class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     """The engine's sign of life to a worker. One that hears none for long ends itself."""
+
+
+class Fetch(msgspec.Struct, frozen=True, array_like=True, tag="fetch"):
+    """To a worker: send the checkpoint's tensor of this canonical name to the inbox at `address`."""
+
+    name: str
+    address: str
+
+
+class Weight(msgspec.Struct, frozen=True, array_like=True, tag="weight"):
+    """The answer to a Fetch. One tensor frame; without one the sender does not have it."""
+
+    name: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
 
 
 class Phase(msgspec.Struct, frozen=True, array_like=True, tag="phase"):
@@ -121,6 +136,12 @@ class From(msgspec.Struct, frozen=True, array_like=True, tag="from"):
     event: Submit | Cancel
 
 
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag="moved"):
+    """To an ingress replica: another one has this request now."""
+
+    rid: str
+
+
 class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
     """All that one step emitted to the requests of one ingress replica."""
 
@@ -144,11 +165,14 @@ Message = (
     | Joined
     | Beat
     | Lost
+    | Parted
     | Enroll
     | Formed
     | Take
     | Adopt
     | Ping
+    | Fetch
+    | Weight
     | Phase
     | Record
     | Spans
@@ -162,6 +186,7 @@ Message = (
     | Report
     | Attach
     | From
+    | Moved
     | Tokens
     | Status
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from serve_app.engine.members import Beat, Hello, Join, Joined, Leave, Member, Stop, Take
 from serve_app.engine.plan import Plan, StepDone
+from serve_app.errors import OctavoError
 from serve_app.experts.layout import Seat
 from serve_app.experts.placement import Pair
 from serve_app.model.batch import Batch
@@ -34,12 +35,14 @@ from serve_app.runtime.wire import (
     Adopt,
     ExpertCall,
     ExpertReply,
+    Fetch,
     Hidden,
     Ping,
     Record,
     Report,
     ShardPart,
     Spans,
+    Weight,
 )
 
 log = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ class Worker:
         self._plans: dict[int, Plan] = {}  # by the step that comes before them
         self._last_step = -1
         self._hidden: dict[int, Tensor] = {}
+        self._askers: set[str] = set()  # who is not a member yet, and takes weights from here
         self._stopped = False
         self._reported_s = 0.0
         self._turned_s = self._heard_s = time.monotonic()
@@ -187,29 +191,33 @@ class Worker:
             return False
         message, frame = received
         match message:
-            case Join():
-                self._join(message)
-            case Ping():
-                self._heard_s = self._turned_s
-            case Adopt(address):
-                self._adopt(address)
-            case Take(seat, pairs):
-                self._take_seat(seat, pairs)
-            case Stop():
-                self._stopped = True
-                raise _EpochEndedError
-            case Leave(epoch):
-                self._leave(epoch)
-            case Record(on):
-                self._record(on)
-            case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply() if self._is_stale(message.epoch):
-                self._num_stale += 1
-                log.debug("%s dropped a %s of epoch %d", self.name, type(message).__name__, message.epoch)
             case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply():
                 self._take(message, frame)
+            case Join() | Leave() | Take() | Adopt() | Ping() | Stop():
+                self._obey(message)
+            case Record(on):
+                self._record(on)
+            case Fetch(name, address):
+                self._give(name, address)
             case _:
                 log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
         return True
+
+    def _obey(self, message: Join | Leave | Take | Adopt | Ping | Stop) -> None:
+        """The engine's word."""
+        self._heard_s = self._turned_s
+        match message:
+            case Join():
+                self._join(message)
+            case Leave(epoch):
+                self._leave(epoch)
+            case Take(seat, pairs):
+                self._take_seat(seat, pairs)
+            case Adopt(address):
+                self._adopt(address)
+            case Stop():
+                self._stopped = True
+                raise _EpochEndedError
 
     def _check_orphaned(self) -> None:
         if self._turned_s - self._heard_s > self._orphan_s:
@@ -219,7 +227,10 @@ class Worker:
 
     def _take(self, message: Plan | Hidden | ShardPart | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
         """A part of a step of this epoch. What does not fit is dropped: it cannot have come from a member."""
-        assert self._experts is not None
+        if self._experts is None or message.epoch != self._epoch:
+            self._num_stale += 1
+            log.debug("%s dropped a %s of epoch %d", self.name, type(message).__name__, message.epoch)
+            return
         try:
             match message:
                 case Plan():
@@ -246,8 +257,20 @@ class Worker:
         else:
             self._mesh.send(ROUTER, Spans(self.name, spans))
 
-    def _is_stale(self, epoch: int) -> bool:
-        return self._experts is None or epoch != self._epoch
+    def _give(self, name: str, address: str) -> None:
+        """To a worker that finds no checkpoint on its disk."""
+        asker = f"fetch {address}"
+        self._askers.add(asker)
+        self._mesh.connect(asker, address)
+        try:
+            tensor = None if self._loaded is None else self._loaded.weights.tensor(name)
+        except (KeyError, OctavoError) as error:
+            log.warning("%s cannot give %s: %s", self.name, name, error)
+            tensor = None
+        if tensor is None:
+            self._mesh.send(asker, Weight(name))
+        else:
+            self._mesh.send(asker, Weight(name, *tensor_header(tensor)), tensor_frame(tensor))
 
     def _leave(self, epoch: int) -> None:
         """Wait for the next Join: steps with a lost member in them would wait in vain."""
@@ -266,7 +289,6 @@ class Worker:
     def _adopt(self, address: str) -> None:
         """A new engine: what the old one began is its to end."""
         self._mesh.connect(ENGINE, address)
-        self._heard_s = self._turned_s
         self._mesh.send(ENGINE, self._hello())
 
     def _take_seat(self, seat: Seat, pairs: list[Pair]) -> None:
@@ -306,7 +328,7 @@ class Worker:
 
     def _connect(self, message: Join) -> None:
         """To the members of an epoch and nobody else."""
-        self._mesh.keep({ENGINE, ROUTER, *(member.name for member in message.members)})
+        self._mesh.keep({ENGINE, ROUTER, *self._askers, *(member.name for member in message.members)})
         self._mesh.connect(ROUTER, message.router)
         for member in message.members:
             if member.name != self.name:

@@ -10,11 +10,10 @@ from ray.cluster_utils import Cluster
 from serve_app.cluster.cell import Cell
 from serve_app.cluster.node import choose_network
 from serve_app.config import OctavoConfig
-from serve_app.engine.core import EngineCore
-from serve_app.runtime.engine_loop import EngineLoop
+from serve_app.engine.members import Stop
+from serve_app.runtime.engine_loop import EngineLoop, cell_core
 from serve_app.runtime.names import ENGINE
-from serve_app.runtime.settings import check, engine_config
-from serve_app.runtime.wire import Stop
+from serve_app.runtime.settings import check
 from tests.model.families import make_tiny, make_tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -40,10 +39,12 @@ class KeptCell:
         spec = check(config)
         network = choose_network("cluster")
         self._mesh = network.mesh()
-        self._mesh.connect(ENGINE, self._mesh.address)
-        self.loop = EngineLoop(EngineCore(engine_config(config, spec, config.layout.pp)), self._mesh)
-        self.cell = Cell(config, spec, network, self._mesh.address, self.loop)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self.loop.run, self.cell.run)]
+        self.cell = Cell("test", config, spec, network, self._mesh.address)
+        self.loop = EngineLoop(cell_core(config, spec), self._mesh, self.cell.order)
+        self._threads = [
+            threading.Thread(target=self.loop.run, daemon=True),
+            threading.Thread(target=self.cell.run, args=(self.loop,), daemon=True),
+        ]
 
     def __enter__(self):
         for thread in self._threads:
@@ -62,6 +63,9 @@ class KeptCell:
         while not wanted():
             assert time.monotonic() < deadline, f"epoch {self.loop.epoch}: {self.loop.reason}"
             time.sleep(0.1)
+
+    def is_whole(self):
+        return self.loop.epoch > 0 and not self.loop.reason
 
     def nodes_by_replica(self):
         """As the router was told."""
@@ -90,13 +94,13 @@ def test_tp_groups_take_nodes_as_they_come_and_go(nodes, tmp_path):
     with KeptCell(config) as kept:
         kept.wait(lambda: short in kept.loop.reason)
         second = nodes.add_node(**two_gpus)
-        kept.wait(lambda: kept.loop.reason == "ready")
+        kept.wait(lambda: kept.is_whole())
         assert sorted(map(list, kept.nodes_by_replica())) == sorted([[first.node_id], [second.node_id]])
         assert nodes_of_workers() == {first.node_id, second.node_id}
 
         nodes.remove_node(second, allow_graceful=False)
         kept.wait(lambda: short in kept.loop.reason)
         third = nodes.add_node(**two_gpus)
-        kept.wait(lambda: kept.loop.reason == "ready")
+        kept.wait(lambda: kept.is_whole())
         assert nodes_of_workers() == {first.node_id, third.node_id} == set.union(*kept.nodes_by_replica())
     kept.wait(lambda: ray.available_resources().get("GPU") == 4)  # all given back

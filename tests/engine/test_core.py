@@ -1,9 +1,11 @@
 """Requests, their ends, and epochs."""
 
+import math
+
 import msgspec
 import pytest
 
-from serve_app.engine.plan import Plan, Sample
+from serve_app.engine.plan import Emit, Plan, Run, Sample, StepDone, Submit
 from tests.engine.toy import EOS, Cluster, choose, make_config, make_request, undisturbed
 
 
@@ -236,6 +238,193 @@ def test_a_new_epoch_with_fewer_pages_ends_what_no_longer_fits():
     cluster.begin(1)
     assert cluster.finishes == {"a": "length"}
     assert cluster.streams["a"] == [choose(list(range(1, 13)), 0)]
+
+
+# -- what an epoch keeps -------------------------------------------------------------------------------------------
+
+
+def busy(num_replicas, num_requests=4, num_steps=3, **config):
+    """Replicas in the middle of some requests, each with as many steps in flight as there are stages."""
+    cluster = start(num_replicas=num_replicas, num_stages=2, **config)
+    for i in range(num_requests):
+        cluster.submit(make_request(f"r{i}", [i + 1] * 9, 12, ignore_eos=True))
+    for _ in range(num_steps):
+        for replica in range(num_replicas):
+            cluster.step(replica)
+    assert all(len(replica.plans) == 2 for replica in cluster.replicas)
+    return cluster
+
+
+def plans_of(commands):
+    return [command.plan for command in commands if isinstance(command, Run)]
+
+
+def emissions_of(commands):
+    return [command.emission for command in commands if isinstance(command, Emit)]
+
+
+def done(plan, tokens):
+    return StepDone(plan.epoch, plan.replica, plan.step, tokens, [-0.5] * len(tokens))
+
+
+def test_a_kept_replica_runs_exactly_the_steps_in_flight_again():
+    cluster = busy(num_replicas=1)
+    flying = list(cluster.replicas[0].plans)
+    again = plans_of(cluster.begin(1, kept=(0,)))
+    assert [(plan.step, plan.slices) for plan in again] == [(plan.step, plan.slices) for plan in flying]
+    assert [(plan.epoch, plan.after) for plan in again] == [(1, -1), (1, again[0].step)]
+
+
+def test_a_kept_replica_goes_on_as_if_nothing_had_happened():
+    undisturbed_cluster, cluster = busy(num_replicas=1), busy(num_replicas=1)
+    undisturbed_cluster.drain(100)
+    again = plans_of(cluster.begin(1, kept=(0,)))
+    cluster.drain(100)
+    slices = [plan.slices for plan in cluster.plans if plan not in again]
+    assert slices == [plan.slices for plan in undisturbed_cluster.plans], "something was computed twice, or never"
+    assert cluster.core.stats().replayed_total == 0
+    assert cluster.streams == undisturbed_cluster.streams
+    cluster.check_streams()
+    cluster.check_idle()
+
+
+def test_results_of_the_steps_that_are_run_again_count_once():
+    cluster = busy(num_replicas=1)
+    old = cluster.replicas[0].plans[0]
+    cluster.begin(1, kept=(0,))
+    assert cluster.on(done(old, [5] * len(old.slices))) == [], "it belongs to the epoch before"
+    assert cluster.core.stats().num_stale == 1
+    cluster.drain(100)
+    cluster.check_streams()
+
+
+def test_the_requests_of_a_replica_at_rest_go_on_at_its_siblings():
+    cluster = busy(num_replicas=2)
+    spared = {rid for rid, seq in cluster.core._live.items() if seq.replica == 0}
+    assert 0 < len(spared) < 4
+    again = plans_of(cluster.begin(2, resting=(1,), kept=(0,)))
+    assert {plan.replica for plan in again} == {0}
+    assert cluster.core.stats().replayed_total == 4 - len(spared)
+    cluster.drain(200)
+    assert {plan.replica for plan in cluster.plans if plan.epoch == 1} == {0}
+    cluster.check_streams()
+    cluster.check_idle()
+
+
+def test_while_all_replicas_rest_requests_wait():
+    cluster = busy(num_replicas=2)
+    assert plans_of(cluster.begin(2, resting=(0, 1))) == []
+    assert plans_of(cluster.submit(make_request("late", [1, 2]))) == []
+    stats = cluster.core.stats()
+    assert (stats.running, stats.waiting, stats.num_pages, stats.replayed_total) == (0, 5, 0, 4)
+    cluster.begin(2, resting=(0,))
+    cluster.drain(200)
+    assert cluster.core.stats().replayed_total == 4, "they were added once"
+    cluster.check_streams()
+
+
+def test_who_only_waits_moves_to_a_replica_that_has_returned():
+    cluster = start(num_replicas=2, max_running=1)
+    cluster.begin(2, resting=(1,))
+    for i in range(4):
+        cluster.submit(make_request(f"r{i}", [i + 1] * 9, 12, ignore_eos=True))
+    assert cluster.core.stats().waiting == 3
+    again = plans_of(cluster.begin(2, kept=(0,)))
+    assert [plan.replica for plan in again] == [0, 1]
+    assert (cluster.core.stats().waiting, cluster.core.stats().replayed_total) == (2, 0)
+    cluster.drain(100)
+    cluster.check_streams()
+
+
+def test_a_step_that_is_told_of_too_early_is_booked_in_its_turn():
+    cluster = busy(num_replicas=1)
+    first, second = (done(plan, cluster.replicas[0].compute(plan)) for plan in cluster.replicas[0].plans)
+    cluster.replicas[0].plans.clear()
+    assert cluster.on(second) == []
+    assert cluster.on(second) == []
+    tokens = [emission.tokens[0] for emission in emissions_of(cluster.on(first))]
+    assert tokens == first.tokens + second.tokens
+    cluster.drain(100)
+    cluster.check_streams()
+
+
+def test_a_step_that_was_told_of_too_early_is_not_run_again():
+    cluster = busy(num_replicas=1)
+    home = cluster.replicas[0]
+    first, second = home.plans
+    tokens = [home.compute(plan) for plan in (first, second)]
+    assert cluster.on(done(second, tokens[1])) == []
+    home.plans.remove(second)
+    (again,) = plans_of(cluster.begin(1, kept=(0,)))
+    assert (again.step, again.slices) == (first.step, first.slices)
+    assert [emission.tokens[0] for emission in emissions_of(cluster.step(0))] == tokens[0] + tokens[1]
+    cluster.drain(100)
+    cluster.check_streams()
+
+
+# -- asking again ------------------------------------------------------------------------------------------------------
+
+KEEP_S = 10.0
+
+
+def ask_again(cluster, request, emitted, now=0.0):
+    """Submit a known rid with what its ingress has."""
+    return cluster.core.on(Submit(msgspec.structs.replace(request, emitted=list(emitted))), now)
+
+
+def test_a_running_request_that_is_submitted_again_emits_what_is_missing():
+    cluster = start()
+    request = make_request("a", [3, 1, 4], 12, ignore_eos=True, logprobs=True)
+    cluster.submit(request)
+    for _ in range(5):
+        cluster.step()
+    tokens = cluster.streams["a"]
+    (emission,) = emissions_of(ask_again(cluster, request, tokens[:2]))
+    assert (emission.first, emission.tokens, emission.finish) == (2, tokens[2:], None)
+    assert emission.logprobs == [-0.5] * 3
+    assert ask_again(cluster, request, tokens) == [], "nothing is missing"
+    cluster.drain(20)
+    cluster.check_streams()
+    cluster.check_idle()
+
+
+def test_an_ended_request_is_known_for_a_while():
+    cluster = start(keep_s=KEEP_S)
+    request = make_request("a", [3, 1, 4], 6, ignore_eos=True, logprobs=True)
+    cluster.submit(request)
+    cluster.drain(20)
+    tokens = cluster.streams["a"]
+    for num in (0, 4, 6):
+        (emission,) = emissions_of(ask_again(cluster, request, tokens[:num], now=KEEP_S - 0.5))
+        assert (emission.first, emission.tokens, emission.finish) == (num, tokens[num:], "length")
+        assert len(emission.logprobs) == 6 - num
+    assert cluster.core.stats().finished_total == {"length": 1}
+    assert plans_of(ask_again(cluster, request, tokens[:4], now=KEEP_S)), "it is forgotten: run from there on"
+    cluster.core.check_integrity()
+
+
+@pytest.mark.parametrize("keep_s", [0.0, KEEP_S])
+def test_what_was_cancelled_is_not_kept(keep_s):
+    cluster = start(keep_s=keep_s)
+    request = make_request("a", [3, 1, 4])
+    cluster.submit(request)
+    cluster.cancel("a")
+    ask_again(cluster, request, [])
+    stats = cluster.core.stats()
+    assert stats.running + stats.waiting == 1, "it is a new request"
+
+
+def test_of_what_another_engine_emitted_the_tokens_are_known_and_not_their_logprobs():
+    cluster = start()
+    tokens, _ = undisturbed(make_request("a", [3, 1, 4], 12, ignore_eos=True), make_config(), 64)
+    request = make_request("a", [3, 1, 4], 12, emitted=tokens[:2], ignore_eos=True, logprobs=True)
+    cluster.submit(request)
+    assert cluster.core.stats().replayed_total == 1
+    cluster.step()
+    (emission,) = emissions_of(ask_again(cluster, request, tokens[:1]))
+    assert emission.tokens == tokens[1:3]
+    assert math.isnan(emission.logprobs[0])
+    assert emission.logprobs[1:] == [-0.5]
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------

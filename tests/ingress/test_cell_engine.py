@@ -1,5 +1,6 @@
 """What the ingress makes of a cell whose engine comes and goes: when it refuses, and what its health pages say."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,13 @@ import pytest
 from serve_app.engine.core import EngineConfig, EngineCore
 from serve_app.engine.request import Emission, Request
 from serve_app.ingress.client import EngineUnavailableError
-from serve_app.ingress.deployment import HOLD_S, CellEngine, IngressService
 from serve_app.ingress.faults import TakenOverError
 from serve_app.runtime import client as runtime
 from serve_app.runtime.wire import Status
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # ray.serve's own, when it is imported
+    from serve_app.ingress.deployment import HOLD_S, CellEngine, IngressService
 
 pytestmark = pytest.mark.anyio
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from serve_app.engine.members import Enroll, Formed, Kill, Lost, Spawn, Stop
 from serve_app.engine.plan import Cancel, Submit
+from serve_app.experts.layout import Seat
 from serve_app.runtime.engine_loop import EngineLoop, cell_core
 from serve_app.runtime.load import load
 from serve_app.runtime.mesh import Mesh
@@ -37,6 +38,7 @@ class ThreadedCell:
         self.held.set()
         self.killed = []
         self.workers = {}
+        self.runs = {}  # name -> the thread of a worker
         self.threads = []
         self._stack = ExitStack()
 
@@ -47,7 +49,7 @@ class ThreadedCell:
         self.mesh.connect(ENGINE, self.engine_mesh.address)
         self.loop = EngineLoop(self.cell, self.engine_mesh, self.orders.put)
         self._start(self.loop.run)
-        self._start(self._keep)
+        self._keeper = self._start(self._keep)
         self.mesh.connect(ROUTER, self.router_mesh.address)
         self.mesh.send(ENGINE, Enroll(self.registry.tables(), self.router_mesh.address))
         self.beat()
@@ -57,17 +59,19 @@ class ThreadedCell:
         """Does what the engine orders."""
         while (order := self.orders.get()) is not None:
             match order:
-                case Spawn(seat, pairs):
+                case Spawn(seat, pairs, in_haste):
                     self.held.wait(WAIT_S)
-                    self.spawn(seat, pairs)
+                    self.spawn(seat, pairs, in_haste)
                 case Formed():
                     self.registry.record(order)
+                    self.names.update({Seat(*seat): name for name, *seat in order.seats})  # a spare may have taken one
                 case Kill(name):
                     self.killed.append(name)
 
     def __exit__(self, *exc):
         self.held.set()
         self.orders.put(None)
+        self._keeper.join(WAIT_S)  # whoever it starts after the others were told to stop would wait for ever
         self.mesh.send(ENGINE, Stop())
         for name in self.workers:
             self.mesh.send(name, Stop())
@@ -78,18 +82,20 @@ class ThreadedCell:
         self.workers.clear()
         gc.collect()  # a worker and its dispatcher know each other, and between them they hold a model
 
-    def spawn(self, seat, pairs):
-        name = f"w{uuid.uuid4().hex[:4]}" if seat is None else f"w{seat.stage}.{seat.replica}.{seat.shard}"
-        name = f"{name}-{uuid.uuid4().hex[:4]}"
+    def spawn(self, seat, pairs, in_haste=False):
+        """Start a worker, or, without a seat, a spare."""
+        name = f"{'spare' if seat is None else 'w' + '.'.join(map(str, seat))}-{uuid.uuid4().hex[:4]}"
         mesh = self._stack.enter_context(Mesh())
         mesh.connect(ENGINE, self.engine_mesh.address)
         self.mesh.connect(name, mesh.address)
         self.names[seat] = name
-        self.workers[name] = self._worker(name, self._load, mesh, seat, pairs)
-        self._start(self.workers[name].run)
 
-    def _load(self, seat, pairs):
-        return load(self.weights, self.config, self.stages[seat.stage], seat.shard, pairs)
+        def load_seat(seat, pairs):
+            stage = self.stages[seat.stage]
+            return load(self.weights, self.config, stage, seat.shard, pairs, pack=not in_haste)
+
+        self.workers[name] = self._worker(name, load_seat, mesh, seat, pairs)
+        self.runs[name] = self._start(self.workers[name].run)
 
     def lose(self, seat):
         """The worker of a seat leaves without a word; the watcher notices."""
@@ -120,10 +126,15 @@ class ThreadedCell:
             if isinstance(message, Tokens):
                 yield from message.emissions
 
-    def collect(self, num_finished):
-        """Tokens and finish reasons by rid, once so many requests have finished."""
+    def collect(self, num_finished, meanwhile=None):
+        """Tokens and finish reasons by rid, once so many requests have finished.
+
+        `meanwhile`: called with the number of emissions so far, before each.
+        """
         tokens, finishes = {}, {}
-        for emission in self.emissions():
+        for num, emission in enumerate(self.emissions()):
+            if meanwhile is not None:
+                meanwhile(num)
             have = tokens.setdefault(emission.rid, [])
             assert emission.first == len(have), "tokens were doubled or lost"
             have.extend(emission.tokens)
@@ -133,17 +144,22 @@ class ThreadedCell:
                     return tokens, finishes
         raise AssertionError
 
+    def status(self, wanted):
+        """The engine's next word about itself that is as `wanted`."""
+        for message in self.messages():
+            if isinstance(message, Status) and wanted(message):
+                return message
+        raise AssertionError
+
     def idle_stats(self):
         """The engine's next word about itself that shows nothing running."""
-        for message in self.messages():
-            if isinstance(message, Status) and not (message.stats.running or message.stats.waiting):
-                return message.stats
-        raise AssertionError
+        return self.status(lambda status: not (status.stats.running or status.stats.waiting)).stats
 
     def _start(self, run):
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         self.threads.append(thread)
+        return thread
 
 
 def collect_local(engine, requests):
