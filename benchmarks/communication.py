@@ -19,6 +19,7 @@ from torch import Tensor
 
 from serve_app.config import OctavoConfig, parse_config
 from serve_app.engine.core import EngineCore
+from serve_app.engine.members import StageTable
 from serve_app.engine.plan import Command, Event, Plan, Run
 from serve_app.engine.request import Request, SamplingParams
 from serve_app.experts.layout import cut
@@ -34,7 +35,6 @@ from serve_app.runtime.load import load_experts, load_stage
 from serve_app.runtime.mesh import Traffic
 from serve_app.runtime.router import Registry
 from serve_app.runtime.threads import ThreadGroup
-from serve_app.runtime.wire import StageTable
 from tests.runtime.cell import ThreadedCell
 
 CPU = torch.device("cpu")

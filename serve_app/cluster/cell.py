@@ -8,7 +8,7 @@ the engine; a keeper begins by adopting those that an earlier engine has left.
 import logging
 import queue
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,7 +18,7 @@ from serve_app.cluster.groups import Groups, Places
 from serve_app.cluster.kin import ASK_S, ROUTER_NAME, Kin, Names
 from serve_app.cluster.node import Network
 from serve_app.cluster.router import RouterActor
-from serve_app.cluster.worker import WorkerActor
+from serve_app.cluster.worker import Adopted, WorkerActor
 from serve_app.config import OctavoConfig
 from serve_app.engine.members import Enroll, Formed, Kill, Lost, Spawn, StageTable
 from serve_app.errors import OctavoError
@@ -95,6 +95,7 @@ class Cell:
         self._router: Any = None
         self._tables: list[StageTable] = []
         self._formed: Formed | None = None
+        self._generation = 0  # engines before this one
         self._engine_address = engine_address
         self._mesh = network.mesh()  # only to speak
         self._mesh.connect(ENGINE, engine_address)
@@ -158,9 +159,11 @@ class Cell:
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_S) if asked else ([], [])
         ours = []
         for ref, worker in asked.items():
-            if ref in answered and _is_true(ref):
-                ours.append(worker)
-                self._watch(worker.name, worker.seat, worker.place, worker.actor, None)
+            answer = _answer(ref) if ref in answered else None
+            if answer is not None:
+                ours.append(replace(worker, seat=answer.seat))
+                self._generation = max(self._generation, answer.generation)
+                self._watch(worker.name, answer.seat, worker.place, worker.actor, None)
             else:
                 log.warning("worker %s of an earlier engine is ended: it does not answer", worker.name)
                 ray.kill(worker.actor)
@@ -170,7 +173,7 @@ class Cell:
         address, self._tables = self._ask_router()
         seats = [worker.seat for worker in found if worker.seat is not None]
         num_spares = sum(worker.seat is None for worker in found)
-        self._mesh.send(ENGINE, Enroll(self._tables, address, seats, num_spares))
+        self._mesh.send(ENGINE, Enroll(self._tables, address, seats, num_spares, self._generation))
 
     def _ask_router(self) -> tuple[str, list[StageTable]]:
         """Its address, and the placement at full strength. A router that died, or hangs, is replaced."""
@@ -263,11 +266,14 @@ class Cell:
         if not any(wanted.due_s <= now for wanted in self._wanted):
             return
         places = self._look()
+        num_wanted = len(self._wanted)
         for wanted in [wanted for wanted in self._wanted if wanted.due_s <= now]:
             place = self._place_for(wanted.order.seat)
             if place is not None:
                 self._wanted.remove(wanted)
                 self._spawn(wanted, place)
+        if self._epoch and len(self._wanted) < num_wanted:  # others come, elsewhere perhaps: a new placement is due
+            self._enroll([])
         if any(wanted.due_s <= now for wanted in self._wanted):
             self._say_what_is_missing(places)
         else:
@@ -306,6 +312,7 @@ class Cell:
             self._groups.name(place),
             self._spec,
             self._loop.addresses(),
+            self._generation,
         )
         self._watch(name, wanted.order.seat, place, actor, run)
 
@@ -393,11 +400,13 @@ class Cell:
             end_serve_run(reason)
 
 
-def _is_true(ref: Any) -> bool:
+def _answer(ref: Any) -> Adopted | None:
+    """None also of who died over it."""
     try:
-        return ray.get(ref) is True
+        answer: Adopted | None = ray.get(ref)
     except ray.exceptions.RayError:
-        return False
+        return None
+    return answer
 
 
 def cause_of(error: BaseException) -> str:

@@ -1,8 +1,9 @@
-"""The resources of a cell in Ray's hands: one placement group for each TP group, one bundle in it for each worker.
+"""The resources of a cell in Ray's hands: placement groups, with one bundle in them for each worker.
 
-A TP group exchanges the most, so with GPUs it stays on one node, whose links are the fast ones. Ray finds a new place
-for what a dead node held; groups that somebody removed are asked for again. They outlive the engine, as the workers in
-them do; the next engine finds them by their names. A worker that ends as an orphan gives its group back.
+A TP group exchanges the most, so with GPUs it is a placement group, which stays on one node, whose links are the fast
+ones. Otherwise a replica is one, on as few nodes as can be: the loss of a node then breaks few replicas. Ray finds a
+new place for what a dead node held; groups that somebody removed are asked for again. They outlive the engine, as the
+workers in them do; the next engine finds them by their names. A worker that ends as an orphan gives its group back.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from serve_app.cluster.resources import Demand, Held, Node, bundle_of, shortage
 from serve_app.config import WorkerConfig
 from serve_app.experts.layout import Layout, Seat
 
-_Key = tuple[int, int]  # stage, replica; (-1, i) is the i-th spare's
+_Key = tuple[int, int]  # (stage, replica) of a TP group, (-1, replica) of a whole replica, (-2, i) of the i-th spare
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class Groups:
     def __init__(self, prefix: str, layout: Layout, wants: WorkerConfig, num_spares: int = 0) -> None:
         """`prefix`: of the groups' names in Ray."""
         self._prefix = prefix
-        self._spares = [(-1, i) for i in range(num_spares)]
-        # replica by replica, so that these fill nodes one after the other: a node then takes few replicas with it
-        self._keys = sorted({(seat.stage, seat.replica) for seat in layout.seats()}, key=lambda key: key[::-1])
+        self._spares = [(-2, i) for i in range(num_spares)]
+        on_one_node = wants.num_gpus > 0 and layout.num_shards > 1
+        self._keys = sorted({self._key(seat, on_one_node) for seat in layout.seats()})
+        self._seats = {key: [s for s in layout.seats() if self._key(s, on_one_node) == key] for key in self._keys}
+        self._seats |= {key: [Seat(*key, 0)] for key in self._spares}
         self._demand = Demand(
             num_groups=len(self._keys),
-            group_workers=layout.num_shards,
+            group_workers=layout.num_workers // len(self._keys),
             bundle=bundle_of(wants.num_cpus, wants.num_gpus),
-            on_one_node=wants.num_gpus > 0 and layout.num_shards > 1,
+            on_one_node=on_one_node,
         )
         self._groups: dict[_Key, PlacementGroup] = {}
 
@@ -59,16 +62,24 @@ class Groups:
             num_held += sum(place != "" for place in places)
             if state == "CREATED":
                 num_placed += 1
-                nodes |= {Seat(*key, shard): place for shard, place in enumerate(places)}
+                nodes |= dict(zip(self._seats[key], places, strict=True))
         for key in self._spares:
             state, places = self._see(key)
             if state == "CREATED":
-                nodes[Seat(*key, 0)] = places[0]
+                nodes |= dict(zip(self._seats[key], places, strict=True))
         return Places(self._demand, nodes, Held(num_placed, num_held), num_placed == len(self._keys))
 
     def bundle(self, place: Seat) -> PlacementGroupSchedulingStrategy:
         """For the options of the actor that lives there. The place must be among those that the last look found."""
-        return PlacementGroupSchedulingStrategy(self._groups[place.stage, place.replica], place.shard)
+        key = self._key_of(place)
+        return PlacementGroupSchedulingStrategy(self._groups[key], self._seats[key].index(place))
+
+    def _key_of(self, place: Seat) -> _Key:
+        return next(key for key, seats in self._seats.items() if place in seats)
+
+    @staticmethod
+    def _key(seat: Seat, on_one_node: bool) -> _Key:
+        return (seat.stage, seat.replica) if on_one_node else (-1, seat.replica)
 
     def spare_places(self) -> list[Seat]:
         """Where spares live: seats that are none."""
@@ -76,7 +87,10 @@ class Groups:
 
     def name(self, place: Seat) -> str:
         """Of the group that a place is in, for `remove_group`."""
-        return f"{self._prefix}{place.stage}.{place.replica}"
+        return self._name(self._key_of(place))
+
+    def _name(self, key: _Key) -> str:
+        return f"{self._prefix}{key[0]}.{key[1]}"
 
     def remove(self) -> None:
         """Give all back. Ray ends the workers in them."""
@@ -97,14 +111,12 @@ class Groups:
 
     def _find(self, key: _Key) -> PlacementGroup | None:
         """What an earlier engine has reserved."""
-        return _group_named(self.name(Seat(*key, 0)))
+        return _group_named(self._name(key))
 
     def _reserve(self, key: _Key) -> PlacementGroup:
-        num_bundles = 1 if key in self._spares else self._demand.group_workers
-        bundles = [dict(self._demand.bundle) for _ in range(num_bundles)]
+        bundles = [dict(self._demand.bundle) for _ in self._seats[key]]
         strategy = "STRICT_PACK" if self._demand.on_one_node else "PACK"
-        name = self.name(Seat(*key, 0))
-        group: PlacementGroup = ray.util.placement_group(bundles, strategy, name=name, lifetime="detached")
+        group: PlacementGroup = ray.util.placement_group(bundles, strategy, name=self._name(key), lifetime="detached")
         return group
 
 

@@ -12,12 +12,16 @@ _DIGITS = 4  # Ray counts in ten-thousandths
 
 @dataclass(frozen=True)
 class Demand:
-    """The TP groups of a cell. All are alike: a bundle of resources for each of their workers."""
+    """The groups of a cell: TP groups, or whole replicas. All are alike: a bundle of resources for each worker."""
 
     num_groups: int
     group_workers: int
     bundle: Amounts  # nothing of it is zero
     on_one_node: bool  # the workers of a group
+
+    @property
+    def name(self) -> str:
+        return "TP groups" if self.on_one_node else "replicas"
 
     @property
     def piece(self) -> Amounts:
@@ -50,7 +54,7 @@ def bundle_of(num_cpus: float, num_gpus: float) -> Amounts:
 def shortage(demand: Demand, held: Held, nodes: list[Node], waited_s: float) -> str:
     """What keeps the groups that have no place from getting one."""
     parts = [
-        f"waiting for resources: {held.num_groups} of {demand.num_groups} TP groups have their place",
+        f"waiting for resources: {held.num_groups} of {demand.num_groups} {demand.name} have their place",
         *(_causes(demand, held, nodes) or ["Ray has not placed the rest yet"]),
         f"{waited_s:.0f} s so far",
     ]

@@ -7,6 +7,7 @@ engine has been heard for long. A later engine finds it by its name, and adopts 
 import asyncio
 import logging
 import os
+from typing import TYPE_CHECKING, NamedTuple
 
 import ray
 
@@ -20,9 +21,19 @@ from serve_app.model.spec import ModelSpec
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.wire import Adopt
 
+if TYPE_CHECKING:
+    from serve_app.runtime.worker import Worker
+
 log = logging.getLogger("serve_app.worker")
 
 LINGER_S = 5.0  # before the process ends: for Ray to carry the last words to whoever waits for them
+
+
+class Adopted(NamedTuple):
+    """What a worker tells a new engine's keeper. `generation`: engines that it knows of before this one, or more."""
+
+    seat: Seat | None
+    generation: int
 
 
 class WorkerActor:
@@ -39,6 +50,7 @@ class WorkerActor:
         group: str,
         spec: ModelSpec,
         peers: list[str],
+        generation: int,
     ) -> None:
         """Load, say hello to the engine, and serve until stopped. Errors of loading are this call's errors.
 
@@ -49,6 +61,8 @@ class WorkerActor:
         log_to_stderr()
         self._ended = asyncio.Event()
         self._name, self._config, self._network = name, config, network
+        self._seat, self._generation = seat, generation
+        self._worker: Worker | None = None
         self._mesh = network.mesh()
         self._mesh.connect(ENGINE, engine_address)
         self._own = network.mesh()  # to speak to its own inbox
@@ -94,7 +108,8 @@ class WorkerActor:
         node = ray.get_runtime_context().get_node_id()
         with self._mesh as mesh:
             orphan_s = config.resilience.orphan_s
-            Worker(self._name, load_seat, mesh, seat, pairs, node=node, orphan_s=orphan_s).run()
+            self._worker = Worker(self._name, load_seat, mesh, seat, pairs, node=node, orphan_s=orphan_s)
+            self._worker.run()
 
     async def wait(self) -> None:
         """Return when the worker has ended: for an engine that did not start it."""
@@ -103,8 +118,10 @@ class WorkerActor:
     async def network(self) -> Network:
         return self._network
 
-    async def adopt(self, engine_address: str, config: OctavoConfig) -> bool:
-        """Say Hello to a new engine. False: it wants other workers than this one."""
-        if config == self._config:
-            self._own.send(self._name, Adopt(engine_address))
-        return config == self._config
+    async def adopt(self, engine_address: str, config: OctavoConfig) -> Adopted | None:
+        """Say Hello to a new engine. None: it wants other workers than this one."""
+        if config != self._config:
+            return None
+        self._generation += 1
+        self._own.send(self._name, Adopt(engine_address))
+        return Adopted(self._seat if self._worker is None else self._worker.seat, self._generation)

@@ -74,6 +74,7 @@ class Enroll(msgspec.Struct, frozen=True, array_like=True, tag="enroll"):
     router: str
     found: list[Seat] = []
     num_spares_found: int = 0
+    generation: int = 0  # how many engines there were before this one, or more
 
 
 class Lost(msgspec.Struct, frozen=True, array_like=True, tag="lost"):

@@ -45,7 +45,7 @@ MemberEvent = Enroll | Hello | Joined | Beat | Lost | Parted | Tick
 MemberCommand = Tell | Spawn | Kill | Formed | Note | Begin
 
 RESPAWN_AFTER_S = 1.0  # of the epoch without it, a new worker is started: its start must not slow the streams' return
-EPOCHS_APART = 100  # an engine that died may have called as many that nobody has joined so far, and some still may
+EPOCHS_OF_ENGINE = 1_000_000  # each engine has its own numbers: what a dead one has called is called by nobody else
 ASK_AGAIN_S = 1.0  # a worker that has not answered for this long is asked again: a message may have been lost
 OWN_PAUSE_S = 1.0  # ticks come more often; an engine that was itself paused must not take it for others' silence
 
@@ -124,7 +124,6 @@ class Membership:
         self._vacant: set[Seat] = set()  # whose workers were lost before the first Enroll
         self._in_pause = False  # an epoch was left, and no other can be formed yet
         self._last_epoch = 0
-        self._stride = 1  # from there to the next
         self._began_s = 0.0  # the newest epoch
         self._failover: _Failover | None = None
         self._last_loss = ""
@@ -136,22 +135,25 @@ class Membership:
 
     def on(self, event: MemberEvent, now: float) -> list[MemberCommand]:
         """Take one event; return what follows, in order. `now` is in seconds of any monotonic clock."""
+        return list(self._follow(event, now))
+
+    def _follow(self, event: MemberEvent, now: float) -> Iterator[MemberCommand]:
         match event:
             case Enroll():
-                return list(self._enroll(event, now))
+                yield from self._enroll(event, now)
             case Hello():
-                return list(self._hello(event, now))
+                yield from self._hello(event, now)
             case Joined():
-                return list(self._joined(event, now))
+                yield from self._joined(event, now)
             case Beat():
-                return list(self._beat(event, now))
+                yield from self._beat(event, now)
             case Lost():
-                return list(self._lost(event, now))
+                yield from self._lost(event, now)
             case Parted(name):
-                why = "its connection was closed"
-                return list(self._give_up(name, why, now)) if name in self._workers else []
+                if name in self._workers:
+                    yield from self._give_up(name, "its connection was closed", now)
             case Tick():
-                return list(self._tick(now))
+                yield from self._tick(now)
 
     # -- what others ask ----------------------------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ class Membership:
     def stats(self) -> CellStats:
         """O(workers + experts)."""
         states = Counter(self._state(worker) for worker in self._workers.values())
-        states["starting"] += len(self._starting) + self._num_spares_starting
+        states["starting"] += len(self._starting) + self._num_spares_starting + self._deferred.count(None)
         phase, reason = self._phase()
         return CellStats(
             phase=phase,
@@ -243,14 +245,15 @@ class Membership:
         ]
         if not is_first:
             return
+        self._last_epoch = max(self._last_epoch, event.generation * EPOCHS_OF_ENGINE)
         found = set(event.found) - self._vacant
         if found:  # a new engine goes on with whoever is left
             self._first &= found
-        if event.found or event.num_spares_found:
-            self._stride = EPOCHS_APART
         for seat in self._layout.seats():
             if seat not in found and seat not in self._seated():
                 yield self._spawn(seat)
+        num_known = sum(worker.seat is None for worker in self._workers.values())
+        self._num_spares_starting += max(0, event.num_spares_found - num_known)
         for _ in range(self._config.num_spares - event.num_spares_found):
             yield self._spawn(None)
         yield from self._form(now)
@@ -276,18 +279,19 @@ class Membership:
         if known is not None and (not known.is_taking or seat is None):
             known.heard_s = now
             return
-        if seat is not None and self._seated().get(seat, hello.name) != hello.name:
-            self._given_up[hello.name] = hello.address
-            yield Kill(hello.name, "its seat is taken")
-            yield Tell(hello.name, hello.address, Stop())
-            return
+        is_late = seat is not None and self._seated().get(seat, hello.name) != hello.name
         self._last_epoch = max(self._last_epoch, hello.epoch)
-        self._workers[hello.name] = _Worker(hello, seat, now)
+        self._workers[hello.name] = _Worker(hello, None if is_late else seat, now)
+        if is_late:
+            yield from self._give_up(hello.name, "its seat is taken", now)
+            return
         if seat is None:
             self._num_spares_starting = max(0, self._num_spares_starting - 1)
             return
         self._starting.discard(seat)
         self._first.discard(seat)
+        if seat in self._deferred:
+            self._deferred.remove(seat)
         yield from self._form(now, is_whole_again=True)
 
     def _seated(self) -> dict[Seat, str]:
@@ -399,7 +403,7 @@ class Membership:
         self._starting.discard(seat)
         spare.seat, spare.asked = seat, Tell(spare.name, spare.hello.address, Take(seat, self._pairs(seat)))
         yield spare.asked
-        yield self._spawn(None)
+        self._deferred.append(None)
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -417,7 +421,7 @@ class Membership:
             yield from self._pause(seats)
             return
         self._current = self._repaired(seats, anew=is_whole_again)
-        self._last_epoch, self._stride = self._last_epoch + self._stride, 1
+        self._last_epoch += 1
         members = [self._member(seat, name) for seat, name in sorted(seats.items())]
         tables = self._tables()
         calls = {

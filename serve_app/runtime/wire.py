@@ -6,7 +6,20 @@ Every message that acts on a membership carries its epoch; a receiver drops thos
 import msgspec
 
 from serve_app.engine.core import EngineStats
-from serve_app.engine.members import Beat, CellStats, Enroll, Formed, Hello, Join, Joined, Leave, Lost, Parted, Stop, Take
+from serve_app.engine.members import (
+    Beat,
+    CellStats,
+    Enroll,
+    Formed,
+    Hello,
+    Join,
+    Joined,
+    Leave,
+    Lost,
+    Parted,
+    Stop,
+    Take,
+)
 from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.model.timing import Span

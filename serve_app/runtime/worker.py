@@ -48,6 +48,7 @@ from serve_app.runtime.wire import (
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.25  # between two signs of life
+GREET_S = 1.0  # between two greetings of an engine that says nothing
 IDLE_S = 1.0  # how long an idle worker sleeps in its inbox before it looks at the clock
 REPORT_S = 1.0  # between two reports of expert load
 
@@ -79,7 +80,7 @@ class Worker:
         self._load = load
         self._node = node
         self._orphan_s = orphan_s
-        self._seat = seat
+        self.seat = seat  # others read it
         self._epoch = 0
         self._num_stale = 0
         self._timer = StepTimer()
@@ -91,7 +92,8 @@ class Worker:
         self._hidden: dict[int, Tensor] = {}
         self._askers: set[str] = set()  # who is not a member yet, and takes weights from here
         self._stopped = False
-        self._reported_s = 0.0
+        self._is_met = False  # by the engine that it has greeted last
+        self._greeted_s = self._reported_s = 0.0
         self._turned_s = self._heard_s = time.monotonic()
         self._ended = Event()
         self._loaded: Loaded | None = None
@@ -101,7 +103,7 @@ class Worker:
 
     def _settle(self, seat: Seat, pairs: list[Pair]) -> None:
         self._loaded = self._load(seat, pairs)
-        self._seat = seat
+        self.seat = seat
         self._loaded.stage.timer = self._timer
         self._store = self._open_store()
 
@@ -114,7 +116,7 @@ class Worker:
         """Say hello, then answer messages until told to stop."""
         Thread(target=self._beat, name="beat", daemon=True).start()
         try:
-            self._mesh.send(ENGINE, self._hello())
+            self._greet()
             while not self._stopped:
                 try:
                     self._advance()
@@ -123,12 +125,16 @@ class Worker:
         finally:
             self._ended.set()
 
+    def _greet(self) -> None:
+        self._is_met, self._greeted_s = False, time.monotonic()
+        self._mesh.send(ENGINE, self._hello())
+
     def _hello(self) -> Hello:
         loaded = self._loaded
         return Hello(
             self.name,
             self._mesh.address,
-            None if loaded is None else self._seat,
+            None if loaded is None else self.seat,
             loaded.stage.kv.num_pages if loaded else 0,
             loaded.load_s if loaded else 0.0,
             resident_bytes(),
@@ -151,6 +157,8 @@ class Worker:
         elif not self._pump(0) and not (self._loaded and self._loaded.pack_next()):
             self._pump(IDLE_S, "idle")
         self._report()
+        if not self._is_met and time.monotonic() - self._greeted_s > GREET_S:
+            self._greet()
 
     def _runnable(self) -> Plan | None:
         """The next plan, once its input is here. Steps of a replica pass through each stage in order."""
@@ -205,7 +213,7 @@ class Worker:
 
     def _obey(self, message: Join | Leave | Take | Adopt | Ping | Stop) -> None:
         """The engine's word."""
-        self._heard_s = self._turned_s
+        self._heard_s, self._is_met = self._turned_s, True
         match message:
             case Join():
                 self._join(message)
@@ -289,12 +297,14 @@ class Worker:
     def _adopt(self, address: str) -> None:
         """A new engine: what the old one began is its to end."""
         self._mesh.connect(ENGINE, address)
-        self._mesh.send(ENGINE, self._hello())
+        self._forget()
+        self._greet()
+        raise _EpochEndedError
 
     def _take_seat(self, seat: Seat, pairs: list[Pair]) -> None:
         if self._loaded is None:
             self._settle(seat, pairs)
-        self._mesh.send(ENGINE, self._hello())
+        self._greet()
 
     def _join(self, message: Join) -> None:
         """Take a seat in a new epoch. What belonged to the old one is forgotten."""

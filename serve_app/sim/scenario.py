@@ -41,6 +41,12 @@ class Scenario:
     weather: Weather
     asked: list[Asked]
 
+    @property
+    def serial_s(self) -> float:
+        """What all requests take at most, one token after another."""
+        num_tokens = sum(len(ask.request.prompt) + ask.request.sampling.max_new_tokens for ask in self.asked)
+        return num_tokens * self.layout.num_stages * 1.5 * self.step_s
+
 
 def draw_scenario(rng: Random) -> Scenario:
     layout = Layout(rng.randint(1, 3), rng.randint(1, 3), rng.choice((1, 1, 2)))

@@ -20,9 +20,9 @@ class Rounds:
     def __init__(self, server, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS, seed=0):
         self.server = server
         self.asks = draw_asks(num_streams, num_tokens, seed)
-        self._load = Load(server.url, num_streams, "round")
+        self.load = Load(server.url, num_streams, "round")
         begun_s = time.monotonic()
-        records = asyncio.run(self._load.run(self.asks))
+        records = asyncio.run(self.load.run(self.asks))
         self.round_s = time.monotonic() - begun_s
         assert not [record.error or record.changed for record in records if record.error or record.changed]
         self.reference = digests(records)
@@ -35,7 +35,7 @@ class Rounds:
         """(streams that failed, indices of those that differ, longest gap of each around the kill) of one round."""
 
         async def disturbed():
-            load = asyncio.create_task(self._load.run(self.asks))
+            load = asyncio.create_task(self.load.run(self.asks))
             await asyncio.sleep(after_s)
             at_unix_s = time.time()
             for pid in pids:
@@ -44,11 +44,16 @@ class Rounds:
 
         at_unix_s, records = asyncio.run(disturbed())
         failed = [record.error for record in records if record.error]
-        now = digests(records)
-        differing = [i for i, known in self.reference.items() if now.get(i) != known]
         changed = [record.changed for record in records if record.changed]
         assert not changed, changed
-        return failed, differing, [gap for record in records if (gap := longest_gap(record, at_unix_s)) is not None]
+        return failed, self.differing(records), self.gaps(records, at_unix_s)
+
+    def differing(self, records):
+        now = digests(records)
+        return [i for i, known in self.reference.items() if now.get(i) != known]
+
+    def gaps(self, records, since_unix_s=0.0):
+        return [gap for record in records if (gap := longest_gap(record, since_unix_s)) is not None]
 
     def await_whole(self, num_workers, old_pids=()):
         """Until every seat is filled, and what was killed is gone from the list."""

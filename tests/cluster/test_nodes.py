@@ -94,13 +94,13 @@ def test_tp_groups_take_nodes_as_they_come_and_go(nodes, tmp_path):
     with KeptCell(config) as kept:
         kept.wait(lambda: short in kept.loop.reason)
         second = nodes.add_node(**two_gpus)
-        kept.wait(lambda: kept.is_whole())
+        kept.wait(kept.is_whole)
         assert sorted(map(list, kept.nodes_by_replica())) == sorted([[first.node_id], [second.node_id]])
         assert nodes_of_workers() == {first.node_id, second.node_id}
 
         nodes.remove_node(second, allow_graceful=False)
         kept.wait(lambda: short in kept.loop.reason)
         third = nodes.add_node(**two_gpus)
-        kept.wait(lambda: kept.is_whole())
+        kept.wait(kept.is_whole)
         assert nodes_of_workers() == {first.node_id, third.node_id} == set.union(*kept.nodes_by_replica())
     kept.wait(lambda: ray.available_resources().get("GPU") == 4)  # all given back

@@ -64,7 +64,7 @@ def short_of_cpus(tiny, tmp_path):
 def test_what_is_missing_is_said_for_as_long_as_it_is_and_ctrl_c_ends_the_wait(short_of_cpus):
     first = short_of_cpus.reason(lambda reason: "missing" in reason)
     assert first.startswith(
-        "waiting for resources: 0 of 2 TP groups have their place; 4 CPU are missing (6 needed, the cluster has 2);"
+        "waiting for resources: 0 of 2 replicas have their place; 4 CPU are missing (6 needed, the cluster has 2);"
         " a worker needs 3 CPU on one node, and the largest node has 2; "
     )
     second = short_of_cpus.reason(lambda reason: waited_s(reason) > waited_s(first))
