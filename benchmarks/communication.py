@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve_app.config import OctavoConfig, parse_config
+from serve_app.config import OctavoConfig, ResilienceConfig, parse_config
 from serve_app.engine.core import EngineCore
 from serve_app.engine.members import StageTable
 from serve_app.engine.plan import Command, Event, Plan, Run
@@ -199,9 +199,10 @@ class _Watched(EngineCore):
 def run(
     weights: Weights, config: OctavoConfig, batches: Iterable[Sequence[Request]], registry: Registry | None = None
 ) -> tuple[Cut, list[Phase]]:
-    """Run one batch of requests after the other in one cell."""
+    """Run one batch of requests after the other in one cell. Names may come again: nothing is kept of a batch."""
+    config = config.model_copy(update={"resilience": ResilienceConfig(resume_s=0.0)})
     cell = ThreadedCell(weights, config, registry)
-    core = cell.core = _Watched(cell.core.config)
+    core = cell.core = cell.cell.core = _Watched(cell.core.config)
     core.plans = []
     phases = []
     with cell:

@@ -24,6 +24,7 @@ def bench_config(
                 "max_context_tokens": max(map(_num_tokens, (WARM_UP, *workloads))),
                 "prefix_cache": False,
             },
+            "resilience": {"resume_s": 0.0},  # runs use the same names again
         }
     )
 

@@ -9,6 +9,8 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 
+import msgspec
+
 from serve_app.config import OctavoConfig
 from serve_app.engine.cell import CellCommand, CellCore, CellEvent
 from serve_app.engine.core import EngineCore
@@ -52,7 +54,8 @@ def cell_core(config: OctavoConfig, spec: ModelSpec) -> CellCore:
     """The core of a cell of this config. It measures its own work by this process's clock."""
     layout, stages = layout_of(config, spec)
     members = Membership(layout, stages, slots_of(config, spec), membership_config(config), time.perf_counter)
-    core = EngineCore(engine_config(config, spec, layout.num_stages))
+    settings = engine_config(config, spec, layout.num_stages)
+    core = EngineCore(msgspec.structs.replace(settings, keep_s=config.resilience.resume_s))
     return CellCore(core, members, config.resilience.step_limit_s)
 
 

@@ -27,7 +27,6 @@ def engine_config(config: OctavoConfig, spec: ModelSpec, num_stages: int) -> Eng
         max_context_tokens=max_context_tokens(config, spec),
         eos_token_ids=spec.eos_token_ids,
         prefix_cache=config.scheduler.prefix_cache,
-        keep_s=config.resilience.resume_s,
     )
 
 

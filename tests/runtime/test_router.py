@@ -19,7 +19,8 @@ def test_every_token_is_counted_once_per_layer_and_expert(weights):  # noqa: F81
         while counted < expected:
             received = cell.router_mesh.receive(WAIT_S)
             assert received is not None, f"{counted} of {expected} token runs reported"
-            assert isinstance(received.message, Report)
+            if not isinstance(received.message, Report):  # the engine's signs of life
+                continue
             cell.registry.add(received.message, now_s=1.0)
             counted += sum(count for _, _, count in received.message.counts)
         assert counted == expected
