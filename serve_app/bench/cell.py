@@ -78,7 +78,7 @@ class CellBench:
         self._mesh.connect(ENGINE, engine_mesh.address)
 
         def order(order: Order) -> None:
-            if isinstance(order, Spawn) and order.seat is not None:
+            if isinstance(order, Spawn) and order.seat is not None and len(self._processes) < layout.num_workers:
                 self._spawn(order.seat, stages[order.seat.stage], order.pairs, engine_mesh.address)
 
         loop = EngineLoop(cell_core(config, spec), engine_mesh, order)

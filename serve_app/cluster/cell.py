@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # how often the keeper looks for places while somebody waits for one
 WATCH_S = 1.0  # and otherwise; orders and deaths wake it at once
+END_S = 2.0  # that workers may take to say whose they are before they are ended
+PROBE_S = 5.0  # between two questions to the router, and for an answer: one that hangs is replaced
 ANSWER_S = 30.0  # that a new router may take for an answer
 RESPAWN_S = (0.0, 1.0, 5.0, 30.0)  # pauses before the first, second, ... respawn of one seat in a row
 SAY_AFTER_S = 1.0  # that resources are missing: Ray takes a moment, and counts what it is giving us as taken
@@ -105,6 +107,8 @@ class Cell:
         self._inbox: queue.SimpleQueue[Order | _Ended | _Stopping] = queue.SimpleQueue()
         self._stopping = False
         self._late_s = 0.0
+        self._probe: Any = None  # a question to the router
+        self._probed_s = 0.0
 
     @property
     def router(self) -> Any:
@@ -130,10 +134,14 @@ class Cell:
                 self._give_up(f"the cell could not be kept: {cause_of(error)}")
 
     def stop(self) -> None:
-        """End the workers and the router, and give their resources back."""
+        """End the workers and the router, and give their resources back: unless they have another engine by now."""
         self._stopping = True
         self._inbox.put(_Stopping())
-        for kin in self._names.living_workers():
+        asked = {kin.actor.is_of.remote(self._engine_address): kin for kin in self._names.living_workers()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=END_S) if asked else ([], [])
+        if any(_of_another(ref) for ref in answered):
+            return
+        for kin in asked.values():
             ray.kill(kin.actor)
         if (router := self._names.router()) is not None:
             ray.kill(router)
@@ -231,6 +239,20 @@ class Cell:
         if self._wanted and not self._stopping:
             self._fill()
         self._check_late()
+        self._probe_router()
+
+    def _probe_router(self) -> None:
+        """A router that is frozen stops nothing either, but nobody would balance experts any more."""
+        now = time.monotonic()
+        if self._router is None or now - self._probed_s < PROBE_S:
+            return
+        if self._probe is not None and not ray.wait([self._probe], timeout=0)[0]:
+            log.warning("the router has not answered for %.0f s: it is killed", now - self._probed_s)
+            ray.kill(self._router)
+            self._probe = None
+        else:
+            self._probe = self._router.address.remote()
+        self._probed_s = now
 
     def _want(self, order: Spawn) -> None:
         num_deaths = min(self._num_deaths.get(order.seat, 0), len(RESPAWN_S))
@@ -335,7 +357,7 @@ class Cell:
             return
         if name == ROUTER_NAME:
             self._loop.note("router", "the router was lost: nothing waits for it, another is started", self._epoch)
-            self._router = None
+            self._router = self._probe = None
             self._enroll([])
             return
         worker = self._workers.pop(name)
@@ -350,8 +372,10 @@ class Cell:
         """Why a worker's call ended."""
         try:
             ray.get(worker.run, timeout=ANSWER_S)
-        except OctavoError:
-            raise
+        except OctavoError as error:
+            if not self._epoch:
+                raise
+            return str(error)  # the cell has served: others go on, and this one may do better next time
         except ray.exceptions.RayError as error:
             return cause_of(error)
         return "it left"
@@ -407,6 +431,14 @@ def _answer(ref: Any) -> Adopted | None:
     except ray.exceptions.RayError:
         return None
     return answer
+
+
+def _of_another(ref: Any) -> bool:
+    """What a worker answers; one that died, or has not begun, is of nobody else."""
+    try:
+        return ray.get(ref) is False
+    except (ray.exceptions.RayError, AttributeError):
+        return False
 
 
 def cause_of(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
 PLACEMENT_S = 5.0  # that the router may take to say what it knows
 HEALTH_S = 1.0  # between two of Serve's looks: a dead engine is noticed by them
+HANG_S = 5.0  # that it may take to answer one; after three in a row that it does not, a frozen one is replaced
 
 
 class EngineService:
@@ -89,4 +90,5 @@ ENGINE_DEPLOYMENT: Any = serve.deployment(
     max_ongoing_requests=100,
     ray_actor_options={"num_cpus": 0},
     health_check_period_s=HEALTH_S,
+    health_check_timeout_s=HANG_S,
 )(EngineService)

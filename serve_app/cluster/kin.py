@@ -33,7 +33,7 @@ class Names:
         self.prefix = f"octavo/{app}/"
 
     def new_worker(self, seat: Seat | None, place: Seat) -> str:
-        """w1.0.0#3fa2, or, for one that lives elsewhere than its seat, w1.0.0@-1.0.0#3fa2; a spare is w@-1.0.0#3fa2."""
+        """w1.0.0#3fa2, or, for one that lives elsewhere than its seat, w1.0.0@-2.0.0#3fa2; a spare is w@-2.0.0#3fa2."""
         at = "" if seat == place else f"@{_dotted(place)}"
         return f"w{'' if seat is None else _dotted(seat)}{at}#{secrets.token_hex(3)}"
 

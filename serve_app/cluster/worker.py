@@ -61,7 +61,7 @@ class WorkerActor:
         log_to_stderr()
         self._ended = asyncio.Event()
         self._name, self._config, self._network = name, config, network
-        self._seat, self._generation = seat, generation
+        self._seat, self._generation, self._engine_address = seat, generation, engine_address
         self._worker: Worker | None = None
         self._mesh = network.mesh()
         self._mesh.connect(ENGINE, engine_address)
@@ -118,10 +118,15 @@ class WorkerActor:
     async def network(self) -> Network:
         return self._network
 
+    async def is_of(self, engine_address: str) -> bool:
+        """Whether this engine's word is the last that counts here."""
+        return self._engine_address == engine_address
+
     async def adopt(self, engine_address: str, config: OctavoConfig) -> Adopted | None:
         """Say Hello to a new engine. None: it wants other workers than this one."""
         if config != self._config:
             return None
         self._generation += 1
+        self._engine_address = engine_address
         self._own.send(self._name, Adopt(engine_address))
         return Adopted(self._seat if self._worker is None else self._worker.seat, self._generation)

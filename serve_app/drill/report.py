@@ -12,7 +12,7 @@ import msgspec
 from serve_app.drill.load import Record
 from serve_app.runtime.snapshot import EventView
 
-NOTICED = frozenset({"lost", "given up", "router"})  # kinds of events that say that a process is missed
+NOTICED = frozenset({"lost", "router"})  # kinds of events that say that a process is missed
 
 
 class Kill(msgspec.Struct, frozen=True):

@@ -147,6 +147,7 @@ class Scheduler:
         parts: list[_Part] = []
         budget = self._config.max_step_tokens
         budget -= self._take_decodes(slices, parts, budget)
+        budget = min(budget, self._fair_prefill_tokens())
         budget -= self._take_prefills(slices, parts, budget)
         self._take_waiting(slices, parts, budget)
         if not slices:
@@ -221,6 +222,19 @@ class Scheduler:
             if not self._admit(seq):
                 break
             budget -= self._issue_chunk(seq, budget, slices, parts)
+
+    def _fair_prefill_tokens(self) -> int:
+        """Prompt tokens for one step, at most: all that are there are cut into a part for each stage to work on.
+
+        When a replica takes over the sequences of another they are all there at once.
+        """
+        num_stages, enough = self._config.num_stages, self._config.num_stages * self._config.max_step_tokens
+        outstanding = sum(len(seq.tokens) - seq.num_done for seq in self._prefilling.values())
+        for seq in self.waiting.values():
+            if outstanding >= enough:
+                break
+            outstanding += len(seq.tokens)
+        return max(MIN_CHUNK_TOKENS, -(-outstanding // num_stages)) if num_stages > 1 else enough
 
     def _issue_chunk(self, seq: Sequence, budget: int, slices: list[Slice], parts: list[_Part]) -> int:
         left = len(seq.tokens) - seq.num_sent

@@ -47,7 +47,7 @@ class EventView(msgspec.Struct, frozen=True):
     """One line of the cell's history, as `GET /admin/events` tells it."""
 
     at_unix_s: float
-    kind: str  # "lost", "given up", "epoch", "restored", "adopted", "spawned", "router", "step overdue", ...
+    kind: str  # "lost", "epoch", "failover", "restored", "formed again", "router", "adopted"
     epoch: int
     text: str
     seconds: dict[str, float]  # phases of a failover by name, where the event ends one
