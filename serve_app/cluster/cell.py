@@ -74,6 +74,7 @@ class _Ended:
     """An actor's call has ended: it is dead."""
 
     name: str
+    actor: Any
 
 
 class _Stopping:
@@ -88,10 +89,10 @@ class Cell:
         self._config = config
         self._spec = spec
         self._network = network
-        self._names = Names(app)
+        self._names = Names(app, config)
         self._layout, self._stages = layout_of(config, spec)
         self._slots = slots_of(config, spec)
-        self._groups = Groups(self._names.prefix, self._layout, config.worker, config.resilience.spares)
+        self._groups = Groups(self._names, self._layout, config.worker, config.resilience.spares)
         self._nodes: dict[Seat, str] = {}
         self._wait: _Wait | None = None
         self._router: Any = None
@@ -125,13 +126,23 @@ class Cell:
         try:
             self._begin()
             while not self._stopping:
-                self._advance()
+                self._go_on()
         except OctavoError as error:
             self._give_up(cause_of(error))
         except Exception as error:
             if not self._stopping:
                 log.exception("the cell's keeper failed")
                 self._give_up(f"the cell could not be kept: {cause_of(error)}")
+
+    def _go_on(self) -> None:
+        """A cell that serves is not ended by what its keeper meets: Ray's head may be away, a router may not start."""
+        try:
+            self._advance()
+        except (OctavoError, ray.exceptions.RayError) as error:
+            if not self._epoch:
+                raise
+            log.warning("the cell's keeper tries again: %s", cause_of(error))
+            time.sleep(LOOK_S)
 
     def stop(self) -> None:
         """End the workers and the router, and give their resources back: unless they have another engine by now."""
@@ -159,7 +170,15 @@ class Cell:
                 break
             self._say_what_is_missing(places)
             time.sleep(LOOK_S)
+        self._end_strangers()
+        self._look()
         self._enroll(found)
+
+    def _end_strangers(self) -> None:
+        """What another config of this application has left."""
+        for actor in self._names.strangers():
+            ray.kill(actor)
+        self._groups.remove_strangers()
 
     def _adopt(self, kin: list[Kin]) -> list[Kin]:
         """Those who answer, and were started for the same config, are ours; the others are ended."""
@@ -169,7 +188,7 @@ class Cell:
         for ref, worker in asked.items():
             answer = _answer(ref) if ref in answered else None
             if answer is not None:
-                ours.append(replace(worker, seat=answer.seat))
+                ours.append(replace(worker, seat=answer.seat, is_loaded=answer.is_loaded))
                 self._generation = max(self._generation, answer.generation)
                 self._watch(worker.name, answer.seat, worker.place, worker.actor, None)
             else:
@@ -179,9 +198,10 @@ class Cell:
 
     def _enroll(self, found: list[Kin]) -> None:
         address, self._tables = self._ask_router()
-        seats = [worker.seat for worker in found if worker.seat is not None]
+        seats = [worker.seat for worker in found if worker.seat is not None and worker.is_loaded]
+        loading = [worker.seat for worker in found if worker.seat is not None and not worker.is_loaded]
         num_spares = sum(worker.seat is None for worker in found)
-        self._mesh.send(ENGINE, Enroll(self._tables, address, seats, num_spares, self._generation))
+        self._mesh.send(ENGINE, Enroll(self._tables, address, seats, loading, num_spares, self._generation))
 
     def _ask_router(self) -> tuple[str, list[StageTable]]:
         """Its address, and the placement at full strength. A router that died, or hangs, is replaced."""
@@ -210,7 +230,8 @@ class Cell:
         )
 
     def _watch_router(self) -> None:
-        self._router.wait.remote().future().add_done_callback(lambda _: self._inbox.put(_Ended(ROUTER_NAME)))
+        router = self._router
+        router.wait.remote().future().add_done_callback(lambda _: self._inbox.put(_Ended(ROUTER_NAME, router)))
 
     def _end(self, actor: Any) -> None:
         if actor is not None:
@@ -234,8 +255,8 @@ class Cell:
                 self._kill(name, why)
             case Formed():
                 self._record(event)
-            case _Ended(name):
-                self._bury(name)
+            case _Ended(name, actor):
+                self._bury(name, actor)
         if self._wanted and not self._stopping:
             self._fill()
         self._check_late()
@@ -262,10 +283,11 @@ class Cell:
     def _record(self, formed: Formed) -> None:
         """An epoch has begun: the deaths before it are forgiven."""
         self._formed = formed
+        self._num_deaths.pop(None, None)
         for name, *seat in formed.seats:
             self._num_deaths.pop(Seat(*seat), None)
             if name in self._workers:
-                self._workers[name].late_s = float("inf")
+                self._workers[name].seat = Seat(*seat)  # a spare has taken it
         if self._router is not None:
             self._router.record.remote(formed)
 
@@ -302,10 +324,11 @@ class Cell:
             self._wait = None
 
     def _place_for(self, seat: Seat | None) -> Seat | None:
-        """A free one. A spare that has taken a seat lives elsewhere than there, so that any place may be free."""
+        """A free one: the seat's own, or a spare's. A spare may have that of a seat whose worker lives elsewhere."""
         taken = {worker.place for worker in self._workers.values()}
-        spares, seats = self._groups.spare_places(), self._layout.seats()
-        for place in [*spares, *seats] if seat is None else [seat, *spares]:
+        spares = self._groups.spare_places()
+        filled = [worker.seat for worker in self._workers.values() if worker.seat is not None]
+        for place in [*spares, *filled] if seat is None else [seat, *spares]:
             if place in self._nodes and place not in taken:
                 return place
         return None
@@ -348,12 +371,14 @@ class Cell:
         """Called by Ray's own thread, the moment it knows: the engine loop hears of it without a detour."""
         worker = self._workers.get(name)
         if worker is not None and not self._stopping:
-            self._inbox.put(_Ended(name))
+            self._inbox.put(_Ended(name, worker.actor))
             self._mesh.send(ENGINE, Lost(name, "its process ended", worker.seat))
 
-    def _bury(self, name: str) -> None:
+    def _bury(self, name: str, actor: Any) -> None:
         """Take the dead off the list. An OctavoError goes up: a respawn would only meet it again."""
         if self._stopping:
+            return
+        if name == ROUTER_NAME and actor is not self._router:
             return
         if name == ROUTER_NAME:
             self._loop.note("router", "the router was lost: nothing waits for it, another is started", self._epoch)
@@ -381,13 +406,15 @@ class Cell:
         return "it left"
 
     def _check_late(self) -> None:
-        """A worker that has not been in an epoch in time is dead; a cell whose first epoch does not begin is over."""
+        """A worker that has not said Hello in time is dead; a cell whose first epoch does not begin is over."""
         now = time.monotonic()
         if not self._epoch and now > self._late_s:
             raise self._late(self._loop.reason)
-        for worker in [worker for worker in self._workers.values() if worker.late_s < now]:
+        late = [worker for worker in self._workers.values() if worker.late_s < now]
+        known = self._loop.names() if late else set()
+        for worker in late:
             worker.late_s = float("inf")
-            if worker.seat is not None:
+            if worker.name not in known:
                 self._kill(worker.name, f"it was not ready within {self._config.worker.ready_timeout_s:g} s")
 
     # -- resources ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class EngineService:
     def __init__(self, config: OctavoConfig, spec: ModelSpec) -> None:
         log_to_stderr()
         app = serve.get_replica_context().app_name
-        found = Names(app).network()
+        found = Names(app, config).network()
         self._network = found or choose_network(config.network)
         self._mesh = self._network.mesh()
         self._cell = Cell(app, config, spec, self._network, self._mesh.address)

@@ -12,6 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from serve_app.cluster.kin import Names
 from serve_app.cluster.resources import Demand, Held, Node, bundle_of, shortage
 from serve_app.config import WorkerConfig
 from serve_app.experts.layout import Layout, Seat
@@ -37,9 +38,9 @@ class Places:
 class Groups:
     """The placement groups of one layout. Nothing is reserved before the first `look`."""
 
-    def __init__(self, prefix: str, layout: Layout, wants: WorkerConfig, num_spares: int = 0) -> None:
-        """`prefix`: of the groups' names in Ray."""
-        self._prefix = prefix
+    def __init__(self, names: Names, layout: Layout, wants: WorkerConfig, num_spares: int = 0) -> None:
+        """`names`: how the groups' names in Ray begin."""
+        self._names = names
         self._spares = [(-2, i) for i in range(num_spares)]
         on_one_node = wants.num_gpus > 0 and layout.num_shards > 1
         self._keys = sorted({self._key(seat, on_one_node) for seat in layout.seats()})
@@ -90,13 +91,20 @@ class Groups:
         return self._name(self._key_of(place))
 
     def _name(self, key: _Key) -> str:
-        return f"{self._prefix}{key[0]}.{key[1]}"
+        return f"{self._names.prefix}{key[0]}.{key[1]}"
 
     def remove(self) -> None:
         """Give all back. Ray ends the workers in them."""
         while self._groups:
             _, group = self._groups.popitem()
             ray.util.remove_placement_group(group)
+
+    def remove_strangers(self) -> None:
+        """Give back what another config of this application has left."""
+        for table in ray.util.placement_group_table().values():
+            name = table["name"]
+            if name.startswith(self._names.family) and not name.startswith(self._names.prefix):
+                remove_group(name)
 
     def _see(self, key: _Key) -> tuple[str, list[str]]:
         """Ray's word for the group's state, and the node of each of its bundles: "" where it has none."""

@@ -3,11 +3,13 @@
 import logging
 import secrets
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import ray
 
 from serve_app.cluster.node import Network
+from serve_app.config import OctavoConfig
 from serve_app.experts.layout import Seat
 
 log = logging.getLogger(__name__)
@@ -24,13 +26,18 @@ class Kin:
     seat: Seat | None
     place: Seat  # where it lives: its seat's, or a spare's
     actor: Any
+    is_loaded: bool = True
 
 
 class Names:
-    """Of the actors of one cell. A worker's says its seat and its place, so that nobody needs to be asked for them."""
+    """Of the actors of one cell. A worker's says its seat and its place, so that nobody needs to be asked for them.
 
-    def __init__(self, app: str) -> None:
-        self.prefix = f"octavo/{app}/"
+    They begin alike for one config of an application: those of another config are strangers.
+    """
+
+    def __init__(self, app: str, config: OctavoConfig) -> None:
+        self.family = f"octavo/{app}/"
+        self.prefix = f"{self.family}{blake2b(config.model_dump_json().encode(), digest_size=4).hexdigest()}/"
 
     def new_worker(self, seat: Seat | None, place: Seat) -> str:
         """w1.0.0#3fa2, or, for one that lives elsewhere than its seat, w1.0.0@-2.0.0#3fa2; a spare is w@-2.0.0#3fa2."""
@@ -51,17 +58,28 @@ class Names:
                 found.append(Kin(name, *_parsed(name), actor))
         return found
 
+    def strangers(self) -> list[Any]:
+        """Handles of the actors that another config of this application has left."""
+        names = [name for name in ray.util.list_named_actors() if name.startswith(self.family)]
+        actors = [_get(name) for name in names if not name.startswith(self.prefix)]
+        return [actor for actor in actors if actor is not None]
+
     def router(self) -> Any:
         """The handle of the router; None where there is none."""
         return _get(self.actor(ROUTER_NAME))
 
     def network(self) -> Network | None:
-        """The network of the cell that is there already: the workers' sockets have its key. None: there is no cell."""
+        """The network of the cell that is there already: the workers' sockets have its key. None: there is no cell.
+
+        If nobody answers, nobody can be adopted: they are ended.
+        """
         actors = [kin.actor for kin in self.living_workers()] + ([self.router()] if self.router() is not None else [])
         asked = [actor.network.remote() for actor in actors]
         while asked:
             answered, asked = ray.wait(asked, num_returns=1, timeout=ASK_S)
             if not answered:
+                for actor in actors:
+                    ray.kill(actor)
                 return None
             try:
                 network: Network = ray.get(answered[0])

@@ -34,6 +34,7 @@ class Adopted(NamedTuple):
 
     seat: Seat | None
     generation: int
+    is_loaded: bool
 
 
 class WorkerActor:
@@ -69,10 +70,14 @@ class WorkerActor:
         self._own.connect(name, self._mesh.address)
         try:
             await asyncio.to_thread(self._work, seat, stages, pairs, in_haste or seat is None, spec, peers)
-            remove_group(group)  # nobody else is left to do it; a living engine would have asked for it again
+            if self._is_orphan():
+                remove_group(group)  # nobody else is left to do it
         finally:
             self._ended.set()
             asyncio.get_running_loop().call_later(LINGER_S, os._exit, 0)
+
+    def _is_orphan(self) -> bool:
+        return self._worker is not None and self._worker.is_orphan
 
     def _work(
         self,
@@ -129,4 +134,5 @@ class WorkerActor:
         self._generation += 1
         self._engine_address = engine_address
         self._own.send(self._name, Adopt(engine_address))
-        return Adopted(self._seat if self._worker is None else self._worker.seat, self._generation)
+        worker = self._worker
+        return Adopted(self._seat if worker is None else worker.seat, self._generation, worker is not None)

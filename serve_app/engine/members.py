@@ -73,6 +73,7 @@ class Enroll(msgspec.Struct, frozen=True, array_like=True, tag="enroll"):
     tables: list[StageTable]
     router: str
     found: list[Seat] = []
+    loading: list[Seat] = []  # of workers that an earlier engine started, and that have not said Hello yet
     num_spares_found: int = 0
     generation: int = 0  # how many engines there were before this one, or more
 
@@ -89,6 +90,10 @@ class Parted(msgspec.Struct, frozen=True, array_like=True, tag="parted"):
     """The connection to a worker was closed: the first that is heard of a process that died."""
 
     name: str
+
+
+class Deposed(msgspec.Struct, frozen=True, array_like=True, tag="deposed"):
+    """From a worker to the engine that it had before: there is another one now."""
 
 
 class Tick(msgspec.Struct, frozen=True, array_like=True, tag="tick"):

@@ -249,8 +249,9 @@ class Membership:
         found = set(event.found) - self._vacant
         if found:  # a new engine goes on with whoever is left
             self._first &= found
+        self._starting |= set(event.loading) - self._vacant
         for seat in self._layout.seats():
-            if seat not in found and seat not in self._seated():
+            if seat not in found | self._starting and seat not in self._seated():
                 yield self._spawn(seat)
         num_known = sum(worker.seat is None for worker in self._workers.values())
         self._num_spares_starting += max(0, event.num_spares_found - num_known)

@@ -16,6 +16,7 @@ from serve_app.engine.cell import CellCommand, CellCore, CellEvent
 from serve_app.engine.core import EngineCore
 from serve_app.engine.members import (
     Beat,
+    Deposed,
     Enroll,
     Formed,
     Hello,
@@ -74,6 +75,7 @@ class EngineLoop:
         self._ingresses: dict[str, Attach] = {}
         self._heard_s: dict[str, float] = {}  # ingress replica -> when it was last heard
         self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
+        self._router = ""  # its address
         self._obstacle = ""  # what the keeper waits for
         self._told: tuple[bool, str] = (False, "")
         self._told_s = self._ticked_s = 0.0
@@ -95,6 +97,10 @@ class EngineLoop:
     def reason(self) -> str:
         """What the cell waits for, in words. Other threads read it."""
         return self._told[1]
+
+    def names(self) -> set[str]:
+        """Of the living workers that have said Hello. Other threads ask."""
+        return set(self._cell.members.states())
 
     def addresses(self) -> list[str]:
         """Of the living workers' inboxes. Other threads ask."""
@@ -128,17 +134,8 @@ class EngineLoop:
         match message:
             case StepDone():
                 self._obey(self._cell.on(message, time.monotonic()))
-            case Joined() | Beat() | Parted():
-                self._on(message)
-            case Lost(name):
-                self._on(message)
-                self._mesh.disconnect(name)
-            case Hello(name, address):
-                self._meet(name, address)
-                self._on(message)
-            case Enroll(_, router):
-                self._mesh.connect(ROUTER, router)
-                self._on(message)
+            case Enroll() | Hello() | Joined() | Beat() | Parted() | Lost():
+                self._change(message)
             case From(name, event):
                 self._enter(name, event)
             case Attach():
@@ -151,8 +148,23 @@ class EngineLoop:
                     self._mesh.send(worker, message)
             case Stop():
                 self._stop()
+            case Deposed():
+                log.warning("the workers have another engine: this one ends")
+                self._stopped = True
             case _:
                 log.warning("the engine does not know what to do with %s", type(message).__name__)
+
+    def _change(self, message: Enroll | Hello | Joined | Beat | Parted | Lost) -> None:
+        """Of the membership."""
+        match message:
+            case Enroll(_, router):
+                self._router = router
+                self._mesh.connect(ROUTER, router)
+            case Hello(name, address):
+                self._meet(name, address)
+        self._on(message)
+        if isinstance(message, Lost):
+            self._mesh.disconnect(message.name)
 
     def _meet(self, name: str, address: str) -> None:
         """Connect, so that the end of the connection tells of the worker's end: sooner than anything else does."""
@@ -181,9 +193,7 @@ class EngineLoop:
                 case Tell(name, address, message):
                     self._mesh.connect(name, address)
                     self._mesh.send(name, message)
-                case Spawn() | Formed():
-                    self._order(command)
-                case Kill():
+                case Spawn() | Formed() | Kill():
                     self._order(command)
                 case Note(kind, epoch, text, seconds):
                     self.note(kind, text, epoch, seconds)
@@ -234,8 +244,8 @@ class EngineLoop:
         if now - self._told_s < STATUS_S:
             return
         self._tell()
-        for worker in (ROUTER, *self._cell.members.names) if self._cell.members.names else ():
-            self._mesh.send(worker, Ping())
+        for name in (ROUTER, *self._cell.members.names) if self._router else self._cell.members.names:
+            self._mesh.send(name, Ping(self._router))
         for name in [name for name, heard_s in self._heard_s.items() if now - heard_s > INGRESS_SILENT_S]:
             self._detach(name, now)
         for rid in [rid for rid, until_s in self._orphans.items() if until_s < now]:

@@ -101,6 +101,11 @@ class Mesh:
                 known[1].close(0)
             self._peers[name] = (address, self._open(address, self._watchers.get(name)))
 
+    def address_of(self, name: str) -> str:
+        """Where a peer is; "" of one that is unknown."""
+        with self._sending:
+            return self._peers[name][0] if name in self._peers else ""
+
     def watch(self, name: str, watcher: Watcher) -> None:
         """Tell `watcher` whenever a connection to this peer is made or broken: a process that dies is noticed at once.
 

@@ -9,6 +9,7 @@ from serve_app.engine.core import EngineStats
 from serve_app.engine.members import (
     Beat,
     CellStats,
+    Deposed,
     Enroll,
     Formed,
     Hello,
@@ -37,7 +38,9 @@ class Adopt(msgspec.Struct, frozen=True, array_like=True, tag="adopt"):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
-    """The engine's sign of life to a worker. One that hears none for long ends itself."""
+    """The engine's sign of life to a worker, or to the router. One that hears none for long ends itself."""
+
+    router: str = ""  # where the router listens now
 
 
 class Fetch(msgspec.Struct, frozen=True, array_like=True, tag="fetch"):
@@ -179,6 +182,7 @@ Message = (
     | Beat
     | Lost
     | Parted
+    | Deposed
     | Enroll
     | Formed
     | Take

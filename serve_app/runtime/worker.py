@@ -15,7 +15,7 @@ from threading import Event, Thread
 
 from torch import Tensor
 
-from serve_app.engine.members import Beat, Hello, Join, Joined, Leave, Member, Stop, Take
+from serve_app.engine.members import Beat, Deposed, Hello, Join, Joined, Leave, Member, Stop, Take
 from serve_app.engine.plan import Plan, StepDone
 from serve_app.errors import OctavoError
 from serve_app.experts.layout import Seat
@@ -48,6 +48,7 @@ from serve_app.runtime.wire import (
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.25  # between two signs of life
+FORMER = "former engine"
 GREET_S = 1.0  # between two greetings of an engine that says nothing
 IDLE_S = 1.0  # how long an idle worker sleeps in its inbox before it looks at the clock
 REPORT_S = 1.0  # between two reports of expert load
@@ -81,6 +82,8 @@ class Worker:
         self._node = node
         self._orphan_s = orphan_s
         self.seat = seat  # others read it
+        self.is_orphan = False  # it ended because no engine was left
+        self._is_loading = False
         self._epoch = 0
         self._num_stale = 0
         self._timer = StepTimer()
@@ -114,6 +117,7 @@ class Worker:
 
     def run(self) -> None:
         """Say hello, then answer messages until told to stop."""
+        self._turned_s = self._heard_s = time.monotonic()  # loading may have taken long
         Thread(target=self._beat, name="beat", daemon=True).start()
         try:
             self._greet()
@@ -147,7 +151,8 @@ class Worker:
     def _beat(self) -> None:
         """Signs of life, however long a step takes. A process that is stopped gives none."""
         while not self._ended.wait(BEAT_S):
-            self._mesh.send(ENGINE, Beat(self.name, time.monotonic() - self._turned_s, self._num_stale))
+            stuck_s = 0.0 if self._is_loading else time.monotonic() - self._turned_s
+            self._mesh.send(ENGINE, Beat(self.name, stuck_s, self._num_stale))
 
     def _advance(self) -> None:
         plan = self._runnable()
@@ -201,7 +206,11 @@ class Worker:
         match message:
             case Plan() | Hidden() | ShardPart() | ExpertCall() | ExpertReply():
                 self._take(message, frame)
-            case Join() | Leave() | Take() | Adopt() | Ping() | Stop():
+            case Ping(router):
+                self._heard_s, self._is_met = self._turned_s, True
+                if router:
+                    self._mesh.connect(ROUTER, router)
+            case Join() | Leave() | Take() | Adopt() | Stop():
                 self._obey(message)
             case Record(on):
                 self._record(on)
@@ -211,7 +220,7 @@ class Worker:
                 log.warning("%s does not know what to do with %s", self.name, type(message).__name__)
         return True
 
-    def _obey(self, message: Join | Leave | Take | Adopt | Ping | Stop) -> None:
+    def _obey(self, message: Join | Leave | Take | Adopt | Stop) -> None:
         """The engine's word."""
         self._heard_s, self._is_met = self._turned_s, True
         match message:
@@ -230,7 +239,7 @@ class Worker:
     def _check_orphaned(self) -> None:
         if self._turned_s - self._heard_s > self._orphan_s:
             log.warning("%s ends: no engine has been heard for %.0f s", self.name, self._orphan_s)
-            self._stopped = True
+            self._stopped = self.is_orphan = True
             raise _EpochEndedError
 
     def _take(self, message: Plan | Hidden | ShardPart | ExpertCall | ExpertReply, frame: memoryview | None) -> None:
@@ -295,7 +304,11 @@ class Worker:
         self._last_step = -1
 
     def _adopt(self, address: str) -> None:
-        """A new engine: what the old one began is its to end."""
+        """A new engine: what the old one began is its to end. That one may live still: it is told."""
+        before = self._mesh.address_of(ENGINE)
+        if before and before != address:
+            self._mesh.connect(FORMER, before)
+            self._mesh.send(FORMER, Deposed())
         self._mesh.connect(ENGINE, address)
         self._forget()
         self._greet()
@@ -303,7 +316,9 @@ class Worker:
 
     def _take_seat(self, seat: Seat, pairs: list[Pair]) -> None:
         if self._loaded is None:
+            self._is_loading = True
             self._settle(seat, pairs)
+            self._is_loading = False
         self._greet()
 
     def _join(self, message: Join) -> None:
@@ -320,7 +335,9 @@ class Worker:
         self._epoch = message.epoch
         self._forget()
         begun_s = time.perf_counter()
+        self._is_loading = True
         self._loaded.host_experts(_hosted(tables, group.index(self.name)))
+        self._is_loading = False
         load_s = time.perf_counter() - begun_s
         self._next = _successor(message.members, own)
         self._experts = MeshExperts(

@@ -39,7 +39,7 @@ class Keeper:
         seats = [worker.place for worker in found if worker.place is not None]
         num_spares = sum(worker.place is None for worker in found)
         self._world.note(f"engine {engine} finds {len(seats)} workers and {num_spares} spares")
-        enroll = Enroll(self._world.scenario.tables, "router", seats, num_spares, engine)
+        enroll = Enroll(self._world.scenario.tables, "router", seats, [], num_spares, engine)
         self._world.to_engine(engine, enroll, is_safe=True)
 
     # -- workers ------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class Hall:
         self.target = tables or self.target
         if self.found is None:
             self.found = set(found) - set(self.seated()) - self.vacant
-        return self.on(Enroll(self.target, "tcp://router", list(found), num_spares_found, generation))
+        return self.on(Enroll(self.target, "tcp://router", list(found), [], num_spares_found, generation))
 
     def hello(self, seat, name=None, epoch=0, num_pages=40):
         if name is None:
