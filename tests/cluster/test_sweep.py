@@ -18,7 +18,7 @@ SEATS = ["0.0.0", "0.1.0", "1.0.0", "1.1.0"]
 @pytest.fixture(scope="module")
 def rounds(demo_folder, tmp_path_factory):
     with Server(tmp_path_factory.mktemp("sweep"), ARGS) as server:
-        yield Rounds(server)
+        yield Rounds(server, num_tokens=32)
 
 
 def pids_of(rounds, target):
