@@ -1,4 +1,4 @@
-"""The whole reference layout, 32 workers on this machine: one is killed, then two of one stage at once. Minutes long."""
+"""The whole reference layout, 32 workers on this machine, loses one, then two of one stage at once. Minutes long."""
 
 import time
 
