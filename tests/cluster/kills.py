@@ -64,7 +64,12 @@ class Rounds:
             if health and health["status"] == "ready" and health["cell"]["workers"]["serving"] == num_workers:
                 listed = self.server.get("/admin/processes").json().get("processes", [])
                 roles = {p["role"] for p in listed}
-                if not {p["pid"] for p in listed} & set(old_pids) and {"engine", "router", "ingress"} <= roles:
+                num_serving = sum(p["state"] == "serving" for p in listed)  # what /health says may be a second old
+                if (
+                    num_serving == num_workers
+                    and not {p["pid"] for p in listed} & set(old_pids)
+                    and {"engine", "router", "ingress"} <= roles
+                ):
                     return health
             time.sleep(0.2)
         raise AssertionError(f"not whole within {WHOLE_S} s: {health}")
