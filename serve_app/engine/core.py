@@ -15,6 +15,7 @@ from serve_app.engine.sequence import Sequence
 
 __all__ = ["EngineConfig", "EngineCore", "EngineStats"]
 
+MAX_FRUITLESS = 8  # times that a request may lose the workers it runs on without a token in between: is it the cause?
 MAX_KEPT = 10_000  # requests that have ended, kept for those who ask again
 
 
@@ -177,7 +178,11 @@ class EngineCore:
         return reruns, emissions
 
     def _replay(self, seq: Sequence) -> list[Emission]:
-        """A fresh add of all its tokens."""
+        """A fresh add of all its tokens. A request that seems to kill whoever runs it ends with an error."""
+        if seq.num_in_flight and seq.lose_again() > MAX_FRUITLESS:
+            emission = seq.end("error")
+            self._forget(emission)
+            return [emission]
         self._totals.num_replayed += bool(seq.num_done or seq.num_in_flight)
         seq.restart()
         return self._place(seq)

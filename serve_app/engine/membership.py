@@ -11,10 +11,11 @@ Epochs begin when all members have joined. If one is lost before, another epoch 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
+from serve_app.engine.failover import FailoverTimes
 from serve_app.engine.members import (
     Beat,
     CellStats,
@@ -88,15 +89,6 @@ class _Forming:
     load_s: float = 0.0  # of the slowest
 
 
-@dataclass
-class _Failover:
-    """From the loss of a member to full strength. Several losses in a row are one."""
-
-    noticed_s: float
-    seconds: dict[str, float] = field(default_factory=dict)
-    began_s: float | None = None
-
-
 class Membership:
     """`on(event, now)` is all there is to drive."""
 
@@ -125,11 +117,10 @@ class Membership:
         self._in_pause = False  # an epoch was left, and no other can be formed yet
         self._last_epoch = 0
         self._began_s = 0.0  # the newest epoch
-        self._failover: _Failover | None = None
+        self._times = FailoverTimes()
         self._last_loss = ""
         self._last_tick_s: float | None = None
         self._asked_s = 0.0  # when those who had not answered were last asked again
-        self._phase_seconds: dict[str, tuple[int, float]] = {}
         self._num_lost = self._num_stale = 0
         self.epoch = 0  # the newest that began
 
@@ -195,7 +186,7 @@ class Membership:
             experts_uncovered=self._num_uncovered(),
             stale_total=self._num_stale + sum(worker.num_stale for worker in self._workers.values()),
             lost_total=self._num_lost,
-            phase_seconds=dict(self._phase_seconds),
+            phase_seconds=self._times.totals(),
         )
 
     def _state(self, worker: _Worker) -> str:
@@ -368,7 +359,7 @@ class Membership:
             return
         self._first.discard(seat)
         if worker is not None and lost.name in (*self._serving.values(), *self._called()):
-            self._begin_failover(worker, now)
+            self._times.lost(now, now - worker.heard_s)
         yield from self._fill(seat)
         if seat in {*self._serving, *self._called()} or not self.epoch:  # who dies while it loads disturbs nobody
             yield from self._form(now)
@@ -386,10 +377,6 @@ class Membership:
 
     def _called(self) -> dict[Seat, str]:
         return {} if self._forming is None else self._forming.seats
-
-    def _begin_failover(self, worker: _Worker, now: float) -> None:
-        if self._failover is None or self._failover.began_s is not None:
-            self._failover = _Failover(now, {"notice": now - worker.heard_s})
 
     def _fill(self, seat: Seat) -> Iterator[MemberCommand]:
         """A spare takes the seat, and is replaced; without one a new worker is started for it."""
@@ -431,8 +418,7 @@ class Membership:
         }
         self._forming = _Forming(self._last_epoch, seats, calls, now)
         yield from list(calls.values())
-        if self._failover is not None and self._failover.began_s is None:
-            self._failover.seconds["repair"] = self._clock() - begun_s
+        self._times.repaired(self._clock() - begun_s)
 
     def _pause(self, seats: dict[Seat, str]) -> Iterator[MemberCommand]:
         """No replica is whole: the survivors stop what they do, and wait."""
@@ -485,38 +471,19 @@ class Membership:
         yield Begin(self.epoch, self._layout.num_replicas, num_pages, tuple(resting), tuple(kept))
         yield Formed(self.epoch, [(name, *seat) for seat, name in sorted(forming.seats.items())], self._tables())
         yield Note("epoch", self.epoch, self._account(len(forming.seats), num_pages, resting))
-        if self._failover is not None:
-            yield from self._book(self._failover, forming, now)
+        is_whole = len(forming.seats) == self._layout.num_workers
+        seconds = self._times.began(now, forming.called_s, forming.load_s, is_whole=is_whole)
+        if seconds:
+            yield Note("restored", self.epoch, "every seat is filled", seconds)
 
     def _account(self, num_workers: int, num_pages: int, resting: list[int]) -> str:
         text = f"epoch {self.epoch} began with {num_workers} workers, {num_pages} KV pages a replica"
         return text + (f"; replicas at rest: {', '.join(map(str, resting))}" if resting else "")
 
-    def _book(self, failover: _Failover, forming: _Forming, now: float) -> Iterator[MemberCommand]:
-        if failover.began_s is None:
-            failover.began_s = now
-            failover.seconds["fence"] = max(0.0, now - forming.called_s - forming.load_s)
-            failover.seconds["load"] = forming.load_s
-            for phase in ("notice", "repair", "fence", "load"):
-                self._count(phase, failover.seconds.get(phase, 0.0))
-        if len(forming.seats) == self._layout.num_workers:
-            failover.seconds["restored"] = now - failover.noticed_s
-            self._count("restored", failover.seconds["restored"])
-            self._failover = None
-            yield Note("restored", self.epoch, "every seat is filled", failover.seconds)
-
     def tokens_came(self, now: float) -> list[MemberCommand]:
         """A step of the present epoch is done: the end of a failover's gap, if there is one."""
-        failover = self._failover
-        if failover is None or failover.began_s is None or "first token" in failover.seconds:
-            return []
-        failover.seconds["first token"] = now - failover.began_s
-        self._count("first token", failover.seconds["first token"])
-        return [Note("failover", self.epoch, "tokens flow again", dict(failover.seconds))]
-
-    def _count(self, phase: str, seconds: float) -> None:
-        num, total = self._phase_seconds.get(phase, (0, 0.0))
-        self._phase_seconds[phase] = num + 1, total + seconds
+        seconds = self._times.tokens_came(now)
+        return [Note("failover", self.epoch, "tokens flow again", seconds)] if seconds else []
 
 
 def _of(seats: dict[Seat, str], replica: int) -> dict[Seat, str]:

@@ -24,7 +24,9 @@ class Sequence:
         "max_tokens",
         "num_cached",
         "num_done",
+        "num_fruitless",
         "num_in_flight",
+        "num_known_then",
         "num_prompt",
         "num_published",
         "num_sent",
@@ -51,6 +53,8 @@ class Sequence:
         self.was_admitted = False
         self.chain: list[bytes] = []  # digests of the leading full pages, see `extend_chain`
         self.replica = -1
+        self.num_fruitless = 0  # losses in a row, with the same tokens known
+        self.num_known_then = 0
         self.restart()
 
     def restart(self) -> None:
@@ -108,6 +112,13 @@ class Sequence:
         logprobs = [logprob] if self.request.sampling.logprobs else []
         self.logprobs += logprobs
         return Emission(self.request.rid, self.num_emitted - 1, [token], logprobs, self.num_cached, self.finish)
+
+    def lose_again(self) -> int:
+        """Count the loss of the workers that were running this; how often in a row without a token in between."""
+        is_fruitless = self.num_known_then == len(self.tokens)
+        self.num_fruitless = self.num_fruitless + 1 if is_fruitless else 1
+        self.num_known_then = len(self.tokens)
+        return self.num_fruitless
 
     def again(self, num_known: int) -> Emission:
         """All emitted tokens but the first `num_known`, in one piece."""

@@ -95,9 +95,11 @@ class IngressService:
     async def __init__(self, config: OctavoConfig, spec: ModelSpec, created_unix_s: int, engine: Any) -> None:  # type: ignore[misc]
         log_to_stderr()
         _, network = await engine.endpoint.remote()
+        self._engine, self._network = engine, network
+        self._is_stranded = False
         name = f"ingress-{uuid.uuid4().hex[:8]}"
         node = ray.get_runtime_context().get_node_id()
-        self._client = EngineClient(network.mesh(), lambda: _address(engine), name, os.getpid(), node)
+        self._client = EngineClient(network.mesh(), self._address, name, os.getpid(), node)
         tokenizer = Tokenizer.load(resolve(config.model, silent, fetch=False))
         info = ModelInfo(
             name=config.served_name,
@@ -111,20 +113,22 @@ class IngressService:
 
     def check_health(self) -> None:
         """Serve replaces an ingress that is broken itself. Without an engine it is not: its streams wait for one."""
+        if self._is_stranded:
+            raise RuntimeError("the cell was begun anew, with another key")
         if not self._client.is_alive:
             raise RuntimeError("the connection to the engine has ended")
+
+    async def _address(self) -> str:
+        """Where the engine is now. The key is the cell's: it changes only if nobody of a cell was left."""
+        address, network = await self._engine.endpoint.remote()
+        self._is_stranded = network != self._network
+        return str(address)
 
     def __del__(self) -> None:
         self._client.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
-
-
-async def _address(engine: Any) -> str:
-    """Where the engine is now. The key is the cell's: it does not change."""
-    address, _ = await engine.endpoint.remote()
-    return str(address)
 
 
 # Serve's own queue is out of the way: what is too much is for the door to say.

@@ -5,6 +5,7 @@ import math
 import msgspec
 import pytest
 
+from serve_app.engine.core import MAX_FRUITLESS
 from serve_app.engine.plan import Emit, Plan, Run, Sample, StepDone, Submit
 from tests.engine.toy import EOS, Cluster, choose, make_config, make_request, undisturbed
 
@@ -112,6 +113,20 @@ def test_the_same_request_twice_is_one_request():
     assert cluster.submit(request) == []
     cluster.drain(20)
     cluster.check_streams()
+    cluster.check_idle()
+
+
+def test_a_request_that_its_workers_die_of_again_and_again_ends_with_an_error_and_the_others_go_on():
+    cluster = start(num_replicas=1)
+    cluster.submit(make_request("poison", [3, 1, 4], max_new_tokens=9))
+    for _ in range(MAX_FRUITLESS):
+        cluster.begin(1)
+        assert "poison" not in cluster.finishes
+    cluster.submit(make_request("other", [2, 7], max_new_tokens=9))
+    cluster.begin(1)
+    assert cluster.finishes == {"poison": "error"}
+    cluster.drain(20)
+    assert cluster.finishes["other"] in {"stop", "length"}
     cluster.check_idle()
 
 
