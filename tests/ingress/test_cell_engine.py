@@ -95,8 +95,12 @@ async def test_why_a_stream_ended_is_said_in_the_ingress_s_words():
 
 
 def test_an_ingress_is_healthy_without_an_engine_but_not_without_its_connection():
-    service = SimpleNamespace(_client=Client(status(), LOST, 100.0))
+    service = SimpleNamespace(_client=Client(status(), LOST, 100.0), _is_stranded=False)
     IngressService.check_health(service)
+    service._is_stranded = True
+    with pytest.raises(RuntimeError, match="another key"):
+        IngressService.check_health(service)
+    service._is_stranded = False
     service._client.is_alive = False
     with pytest.raises(RuntimeError, match="has ended"):
         IngressService.check_health(service)
