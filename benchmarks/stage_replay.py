@@ -29,7 +29,7 @@ from serve_app.runtime.load import Loaded, load
 from serve_app.runtime.settings import engine_config, layout_of
 
 LAYOUT = {"pp": 2, "dp": 1, "tp": 1}
-WORKLOADS = [Workload(1, 512, 2), Workload(16, 48, 2), Workload(4, 512, 2), Workload(16, 512, 2)]
+WORKLOADS = [Workload(1, 512, 2), Workload(16, 48, 2)]
 
 
 def main() -> None:

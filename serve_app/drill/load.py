@@ -213,8 +213,10 @@ async def _check(response: httpx.Response) -> None:
     """That it is a stream."""
     if response.status_code == 200:
         return
-    said = f"status {response.status_code}: {(await response.aread())[:_MAX_SAID].decode(errors='replace')}"
-    raise (_BrokenError if response.status_code in _RETRIED else _FailedError)(said)
+    body = await response.aread()
+    said = f"status {response.status_code}: {body[:_MAX_SAID].decode(errors='replace')}"
+    is_a_proxy_s = response.status_code >= 500 and not body.startswith(b"{")  # our own faults are JSON
+    raise (_BrokenError if is_a_proxy_s or response.status_code in _RETRIED else _FailedError)(said)
 
 
 def _decode(data: str) -> _Event:
