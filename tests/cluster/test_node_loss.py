@@ -1,6 +1,9 @@
 """A served cell on two nodes, which are two raylets of this machine: one is killed whole, under streams."""
 
 import asyncio
+import contextlib
+import os
+import signal
 import time
 
 import psutil
@@ -34,12 +37,12 @@ def nodes():
 
 
 def fell(node, pids):
-    """As a machine's death would: the raylet and all it has started, at once."""
+    """As a machine's death would: the raylet and all it has started, and whoever was listed as being there, at once."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    doomed = [raylet, *raylet.children(recursive=True)]
-    for process in doomed:
-        process.kill()
-    return {process.pid for process in doomed} & set(pids)
+    doomed = {raylet.pid, *(child.pid for child in raylet.children(recursive=True)), *pids}
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_killed_node_fails_no_stream_and_changes_no_token(nodes, demo_folder, tmp_path):
@@ -49,15 +52,16 @@ def test_a_killed_node_fails_no_stream_and_changes_no_token(nodes, demo_folder, 
         listed = [p for role in ("worker", "engine", "router", "ingress") for p in rounds.processes(role)]
         there = [p for p in listed if p["node"] == second.node_id]
         print("\non the node:", [p["name"] for p in there])
+        assert any(p["role"] == "worker" for p in there), "no worker is on the node that is going to fall"
 
         async def disturbed():
             load = asyncio.create_task(rounds.load.run(rounds.asks))
             await asyncio.sleep(rounds.round_s / 3)
-            return fell(second, [p["pid"] for p in there]), await load
+            fell(second, [p["pid"] for p in there])
+            return await load
 
         begun_s = time.monotonic()
-        struck, records = asyncio.run(disturbed())
-        assert len(struck) == len(there) > 0, "the node's processes did not die with it"
+        records = asyncio.run(disturbed())
         assert [r.error or r.changed for r in records if r.error or r.changed] == []
         assert rounds.differing(records) == []
         print(f"longest gap {max(rounds.gaps(records)):.1f} s of {time.monotonic() - begun_s:.1f} s")
