@@ -53,6 +53,41 @@ class LimitsConfig(_Section):
 
     max_body_bytes: Count = Field(4 * 2**20, description="bytes of one HTTP request's body")
     max_prompts: Count = Field(256, description="prompts in one HTTP request, times the answers asked of each")
+    max_queued: Count = Field(1024, description="sequences that wait for a place, at most")
+    max_queued_tokens: Count = Field(1_000_000, description="prompt tokens that wait to be computed, at most")
+    max_headers: Count = Field(100, description="header fields of one HTTP request")
+    max_connections: Count = Field(2000, description="HTTP requests that one ingress replica has open at a time")
+
+
+class SloConfig(_Section):
+    """What is promised, and who shares in it."""
+
+    ttft_s: float | None = Field(
+        10.0, gt=0, description="seconds to the first token, promised to all who are let in; null: no admission"
+    )
+    alert_s: float = Field(9.5, gt=0, description="seconds to the first token from which on it counts as a close call")
+    target_s: float = Field(8.5, gt=0, description="seconds that are predicted for a request, at most, to let it in")
+    min_ttft_s: float = Field(0.1, gt=0, description="the lowest objective that a request may ask for")
+    max_ttft_s: float = Field(600.0, gt=0, description="the highest objective that a request may ask for")
+    itl_ms: float | None = Field(
+        None, gt=0, description="milliseconds between two tokens of a running stream: prompts are cut finer to keep it"
+    )
+    refusal_status: Literal[429, 503, 529] = Field(429, description="HTTP status of a refusal")
+    priorities: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {"high": 1.0, "normal": 0.9, "low": 0.5},
+        description="what share of the admission budget each priority may fill",
+    )
+    default_priority: str = Field("normal", description="of a request that names none")
+
+
+class SecurityConfig(_Section):
+    """Who may ask, and what."""
+
+    keys_file: str | None = Field(
+        None, min_length=1, description="file of hashed API keys (`octavo key`); without it nobody needs one"
+    )
+    cors_origins: list[str] = Field([], description="origins whose pages may call from a browser; none by default")
+    log_prompts: bool = Field(False, description="write prompts into the log")
 
 
 class ResilienceConfig(_Section):
@@ -85,6 +120,8 @@ class OctavoConfig(_Section):
     worker: WorkerConfig = WorkerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     limits: LimitsConfig = LimitsConfig()
+    slo: SloConfig = SloConfig()
+    security: SecurityConfig = SecurityConfig()
     resilience: ResilienceConfig = ResilienceConfig()
 
     @property

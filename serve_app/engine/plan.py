@@ -2,7 +2,20 @@
 
 import msgspec
 
-from serve_app.engine.request import Emission, Request
+from serve_app.engine.request import Emission, Grammar, Refusal, Request
+
+
+class Shaping(msgspec.Struct, frozen=True, array_like=True):
+    """What changes the logits as a function of the tokens so far."""
+
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    grammar: Grammar | None
+    end_ids: tuple[int, ...]  # what ends the answer: the only choice where a grammar is complete
+    prompt: list[int]  # empty where nothing depends on it
+    emitted: list[int]
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -16,6 +29,8 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
     position: int  # absolute position of the token being chosen: the counter of the generator
     logprob: bool
     banned: tuple[int, ...] = ()  # token ids that may not be chosen (end tokens before min_new_tokens)
+    top_logprobs: int = 0
+    shaping: Shaping | None = None  # None for the most: nothing depends on earlier tokens
 
 
 class Slice(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +63,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     step: int
     tokens: list[int]
     logprobs: list[float]  # one per token; 0.0 where the sample did not ask
+    tops: list[list[tuple[int, float]]] = []  # one per token, where any sample asked; empty where that sample did not
 
 
 # -- events: what goes into EngineCore.on -----------------------------------------------------------------------
@@ -95,4 +111,10 @@ class Emit(msgspec.Struct, frozen=True, array_like=True, tag="emit"):
     emission: Emission
 
 
-Command = Run | Emit
+class Refuse(msgspec.Struct, frozen=True, array_like=True, tag="refuse"):
+    """A Submit that is not let in."""
+
+    refusal: Refusal
+
+
+Command = Run | Emit | Refuse

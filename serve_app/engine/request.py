@@ -7,6 +7,16 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What the answer must be: a JSON schema (`{}` is any JSON), a regular expression, or a grammar in Lark's notation.
+
+    Its state is a function of the emitted tokens, like everything else of a request.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How to choose tokens. Validated at the door (`ingress`); the engine trusts these values.
 
@@ -23,6 +33,23 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     stop_token_ids: tuple[int, ...] = ()  # in addition to the model's end tokens
     ignore_eos: bool = False
     logprobs: bool = False  # report the log-probability of each emitted token
+    top_logprobs: int = 0  # and of so many of the likeliest at its place
+    frequency_penalty: float = 0.0  # times how often a token was emitted, taken from its logit
+    presence_penalty: float = 0.0  # once for each token that was emitted
+    repetition_penalty: float = 1.0  # of tokens in the prompt or emitted: positive logits / it, negative ones * it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), sorted by token
+    grammar: Grammar | None = None
+
+
+class Terms(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """On which terms a request asks to be let in. They change who waits for whom, never a token."""
+
+    tenant: str = ""  # who shares the budget fairly with the others: one per API key
+    share: float = 1.0  # of the admission budget that its priority may fill
+    ttft_s: float = 0.0  # its objective; 0: the server's
+    waited_s: float = 0.0  # how long it has been waiting already, elsewhere
+    is_accepted: bool = False  # it was let in before: it is not judged again
+    drops_late: bool = False  # refuse it as soon as its objective can no longer be met, instead of serving it last
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -32,6 +59,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     prompt: list[int]
     sampling: SamplingParams = SamplingParams()
     emitted: list[int] = []
+    name: str = ""  # the client's name for it
+    terms: Terms = Terms()
 
 
 class Emission(msgspec.Struct, frozen=True, array_like=True):
@@ -47,3 +76,14 @@ class Emission(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[float]
     num_cached: int  # prompt tokens whose KV was found in the prefix cache at first scheduling
     finish: FinishReason | None = None
+    predicted_ttft_s: float | None = None  # what was predicted when it was let in; with its first token only
+    tops: list[list[tuple[int, float]]] = []  # per token the likeliest, likeliest first; empty unless asked for
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """A request that is not let in, and when it would be."""
+
+    rid: str
+    reason: str  # one word or two with hyphens, for machines: "ttft", "queue-full", "fair-share", "draining", ...
+    text: str  # for people
+    retry_after_s: float  # come back after so long

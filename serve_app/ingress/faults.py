@@ -18,6 +18,19 @@ class BodyTooLargeError(BadInputError):
         super().__init__("body", f"larger than the limit of {max_body_bytes} bytes")
 
 
+class RefusedError(OctavoError):
+    """The request is not let in now: it could not be answered in time. `retry_after_s` later it could."""
+
+    def __init__(self, reason: str, text: str, retry_after_s: float) -> None:
+        super().__init__(text)
+        self.reason = reason  # for machines: "ttft", "queue-full", "fair-share", "draining", ...
+        self.retry_after_s = retry_after_s
+
+
+class AbortedError(OctavoError):
+    """Somebody ended the request by its name while it ran."""
+
+
 class GenerationError(OctavoError):
     """An accepted request that the engine could not finish."""
 
