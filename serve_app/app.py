@@ -10,6 +10,7 @@ from serve_app.cluster.engine import ENGINE_DEPLOYMENT
 from serve_app.config import parse_config
 from serve_app.errors import OctavoError
 from serve_app.ingress.deployment import INGRESS_DEPLOYMENT
+from serve_app.ingress.keys import check_keys
 from serve_app.runtime.settings import check
 
 
@@ -21,6 +22,7 @@ def build(args: dict[str, Any]) -> Application:
     try:
         config = parse_config(args)
         spec = check(config)
+        check_keys(config.security.keys_file)
     except OctavoError as error:
         end_serve_run(str(error))
         raise

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from serve_app import __version__
+from serve_app.bench.serve.command import load_test
 from serve_app.config import parse_config
 from serve_app.errors import ConfigError, OctavoError
+from serve_app.keys_cli import key_app
 
 if TYPE_CHECKING:
     from serve_app.model.tokenizer import Tokenizer
@@ -25,6 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve Mixture-of-Experts language models on a Ray cluster.",
 )
+bench_app = typer.Typer(invoke_without_command=True)
+bench_app.command("serve")(load_test)
+app.add_typer(bench_app, name="bench")
+app.add_typer(key_app, name="key")
 err = Console(stderr=True)
 
 SERVE_ENVIRONMENT = {
@@ -85,10 +91,13 @@ def serve(
     config: Annotated[Path, typer.Argument(help="a Ray Serve config file")] = DEFAULT_CONFIG,
 ) -> None:
     """Check a config, then hand over to `serve run`, with Serve's HAProxy on. Ctrl-C ends it."""
+    from serve_app.ingress.keys import check_keys
     from serve_app.runtime.settings import check
 
     for args in _octavo_args(config):
-        check(parse_config(args))
+        parsed = parse_config(args)
+        check(parsed)
+        check_keys(parsed.security.keys_file)
     environment = SERVE_ENVIRONMENT | os.environ
     command = Path(sys.executable).parent / "serve"
     os.execve(command, [str(command), "run", str(config)], environment)
@@ -161,8 +170,9 @@ def _prompt_tokens(tokenizer: "Tokenizer", prompt: str, raw: bool) -> list[int]:
         raise OctavoError(f"{error} (--raw sends the prompt as it stands)") from None
 
 
-@app.command()
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     model: Model = "demo",
     url: Annotated[str | None, typer.Option(help="measure this server instead of an engine in this process")] = None,
     batch: Annotated[
@@ -185,7 +195,9 @@ def bench(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
-    """Tokens per second, time to first token, and time between tokens."""
+    """Tokens per second, time to first token, and time between tokens. With `serve`: load for a server."""
+    if context.invoked_subcommand:
+        return _refuse_options(context)
     from serve_app.bench.measure import Workload
     from serve_app.bench.report import Target, run_all
 
@@ -196,7 +208,16 @@ def bench(
     if stage_layers is not None:
         layout["stage_layers"] = stage_layers.split(",")
     threads = threads or max(1, (os.cpu_count() or 1) // (tp * pp * dp))
-    run_all(Target(model, url, layout, threads), workloads, trace=trace, as_json=json, console=err)
+    return run_all(Target(model, url, layout, threads), workloads, trace=trace, as_json=json, console=err)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """`octavo bench --url A serve` would measure another server than A. OctavoError if there are any."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise OctavoError(f"{option} is for `octavo bench` alone: options of serve come after that word")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What a user may set. Unknown keys are errors; every field says its unit."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -65,8 +66,12 @@ class SloConfig(_Section):
     ttft_s: float | None = Field(
         10.0, gt=0, description="seconds to the first token, promised to all who are let in; null: no admission"
     )
-    alert_s: float = Field(9.5, gt=0, description="seconds to the first token from which on it counts as a close call")
-    target_s: float = Field(8.5, gt=0, description="seconds that are predicted for a request, at most, to let it in")
+    alert_s: float | None = Field(
+        None, gt=0, description="seconds to the first token from which on it is a close call; default: 95 % of `ttft_s`"
+    )
+    target_s: float | None = Field(
+        None, gt=0, description="seconds predicted for a request, at most, to let it in; default: 85 % of `ttft_s`"
+    )
     min_ttft_s: float = Field(0.1, gt=0, description="the lowest objective that a request may ask for")
     max_ttft_s: float = Field(600.0, gt=0, description="the highest objective that a request may ask for")
     itl_ms: float | None = Field(
@@ -78,6 +83,15 @@ class SloConfig(_Section):
         description="what share of the admission budget each priority may fill",
     )
     default_priority: str = Field("normal", description="of a request that names none")
+
+    @property
+    def alert_at_s(self) -> float | None:
+        return self.alert_s or (None if self.ttft_s is None else 0.95 * self.ttft_s)
+
+    @property
+    def aim_s(self) -> float:
+        """What is predicted at most; inf without admission."""
+        return math.inf if self.ttft_s is None else self.target_s or 0.85 * self.ttft_s
 
 
 class SecurityConfig(_Section):

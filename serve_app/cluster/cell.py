@@ -292,6 +292,10 @@ class Cell:
             self._router.record.remote(formed)
 
     def _kill(self, name: str, why: str) -> None:
+        if name == ROUTER_NAME:  # its end is noticed as any other's
+            log.warning("the router is killed: %s", why)
+            self._end(self._router)
+            return
         log.warning("worker %s is killed: %s", name, why)
         worker = self._workers.get(name)
         if worker is not None:

@@ -16,8 +16,10 @@ from serve_app.config import OctavoConfig
 from serve_app.engine.members import Stop
 from serve_app.errors import OctavoError
 from serve_app.model.spec import ModelSpec
+from serve_app.runtime.calibration import Calibration, calibration_path
 from serve_app.runtime.engine_loop import EngineLoop, cell_core
 from serve_app.runtime.names import ENGINE
+from serve_app.runtime.operations import Begun, Operation, OperationRequest
 from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
 PLACEMENT_S = 5.0  # that the router may take to say what it knows
@@ -33,7 +35,9 @@ class EngineService:
         self._network = found or choose_network(config.network)
         self._mesh = self._network.mesh()
         self._cell = Cell(app, config, spec, self._network, self._mesh.address)
-        self._core = EngineLoop(cell_core(config, spec), self._mesh, self._cell.order, config.resilience.resume_s)
+        core = cell_core(config, spec)
+        calibration = Calibration(core.core, spec.vocab_size, calibration_path(config, spec))
+        self._core = EngineLoop(core, self._mesh, self._cell.order, config.resilience.resume_s, calibration)
         if found is not None:
             self._core.note("adopted", "a new engine goes on with the workers that are there")
         self._loop = threading.Thread(target=self._core.run, name="engine-loop", daemon=True)
@@ -61,6 +65,14 @@ class EngineService:
     def events(self) -> list[EventView]:
         """The cell's history since this engine began, oldest first."""
         return list(self._core.history)
+
+    def operate(self, asked: OperationRequest) -> Begun:
+        """Take an order. It was checked at the door."""
+        return self._core.operator.begin(asked)
+
+    def operations(self) -> list[Operation]:
+        """What was ordered of this engine, the newest last."""
+        return self._core.operator.all()
 
     async def processes(self) -> list[ProcessView]:
         """Every process of the cell that is known to live."""

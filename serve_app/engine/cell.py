@@ -3,9 +3,9 @@
 from serve_app.engine.core import EngineCore
 from serve_app.engine.members import Beat, Enroll, Hello, Joined, Lost, Parted, Tick
 from serve_app.engine.membership import MemberCommand, Membership
-from serve_app.engine.plan import Begin, Cancel, Command, Emit, Run, StepDone, Submit
+from serve_app.engine.plan import Abort, Arrivals, Begin, Cancel, Command, Emit, Run, StepDone, Submit
 
-CellEvent = StepDone | Submit | Cancel | Enroll | Hello | Joined | Beat | Lost | Parted | Tick
+CellEvent = StepDone | Submit | Arrivals | Cancel | Abort | Enroll | Hello | Joined | Beat | Lost | Parted | Tick
 CellCommand = Command | MemberCommand
 
 
@@ -23,14 +23,14 @@ class CellCore:
         match event:
             case StepDone():
                 return [*self._run(event, now), *self._tokens_came(event, now)]
-            case Submit() | Cancel():
+            case Submit() | Arrivals() | Cancel() | Abort():
                 return self._run(event, now)
             case Tick():
                 return [*self._obey(self.members.on(event, now), now), *self._look_at_steps(now)]
             case _:
                 return self._obey(self.members.on(event, now), now)
 
-    def _run(self, event: StepDone | Submit | Cancel | Begin, now: float) -> list[CellCommand]:
+    def _run(self, event: StepDone | Submit | Arrivals | Cancel | Abort | Begin, now: float) -> list[CellCommand]:
         commands: list[CellCommand] = []
         for command in self.core.on(event, now):
             commands.append(command)

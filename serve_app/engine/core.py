@@ -8,10 +8,25 @@ from collections import Counter, OrderedDict
 
 import msgspec
 
-from serve_app.engine.plan import Begin, Cancel, Command, Emit, Event, Plan, Run, StepDone, Submit
-from serve_app.engine.request import Emission, FinishReason, Request
+from serve_app.engine.pace import Observed, Pace, Paces, Work
+from serve_app.engine.plan import (
+    Abort,
+    Arrivals,
+    Begin,
+    Cancel,
+    Command,
+    Emit,
+    Event,
+    Plan,
+    Refuse,
+    Run,
+    StepDone,
+    Submit,
+)
+from serve_app.engine.request import Emission, FinishReason, Refusal, Request
 from serve_app.engine.scheduler import EngineConfig, Scheduler, Totals
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.slo import Admission, Forecast, Queue
 
 __all__ = ["EngineConfig", "EngineCore", "EngineStats"]
 
@@ -34,6 +49,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     finished_total: dict[FinishReason, int]
     steps_total: int
     num_stale: int  # step results of another epoch, dropped
+    budget_tokens: int = 0  # prompt tokens that would be let in now at the server's objective; 0 without one
+    refused_total: dict[str, int] = {}  # by reason
     replayed_total: int = 0  # running requests that were added again, because their replica or their engine was lost
 
 
@@ -55,6 +72,10 @@ class EngineCore:
         self._num_submitted = 0
         self._num_stale = 0
         self._now_s = 0.0
+        self._without_s = 0.0  # since when there has been no replica
+        self._refusals: list[Refusal] = []
+        self.paces = Paces()
+        self.admission = Admission(config.slo)
 
     def on(self, event: Event, now: float) -> list[Command]:
         """Take one event; return what follows. Plans come first: the stages should not wait for the ingress.
@@ -66,9 +87,11 @@ class EngineCore:
         reruns, emissions = self._handle(event)
         commands: list[Command] = [Run(plan) for plan in reruns]
         for scheduler in self._schedulers.values():
-            while (plan := scheduler.next_plan()) is not None:
+            while (plan := scheduler.next_plan(self._pace, now)) is not None:
                 commands.append(Run(plan))
         commands.extend([Emit(emission) for emission in emissions])
+        refusals, self._refusals = self._refusals, []
+        commands.extend([Refuse(refusal) for refusal in refusals])
         return commands
 
     def stats(self) -> EngineStats:
@@ -88,6 +111,8 @@ class EngineCore:
             finished_total=dict(self._finished),
             steps_total=self._totals.num_steps,
             num_stale=self._num_stale,
+            budget_tokens=self._budget_tokens(),
+            refused_total=dict(self.admission.refused),
             replayed_total=self._totals.num_replayed,
         )
 
@@ -107,8 +132,12 @@ class EngineCore:
                 return [], self._step_done(event)
             case Submit(request):
                 return [], self._submit(request)
+            case Arrivals(requests):
+                return [], [emission for request in requests for emission in self._submit(request)]
             case Cancel(rid):
                 return [], self._cancel(rid)
+            case Abort(name, tenant):
+                return [], self._abort(name, tenant)
             case Begin():
                 return self._begin(event)
 
@@ -117,6 +146,12 @@ class EngineCore:
             again = known.again(len(request.emitted))
             return [again] if again.tokens or again.finish else []
         seq = Sequence(request, self._num_submitted, self.config.eos_token_ids, self.config.max_context_tokens)
+        seq.promise(self._now_s - request.terms.waited_s, self.admission.objective_s(request))
+        if not request.terms.is_accepted and not request.emitted:
+            refusal = self._judge(seq)
+            if refusal is not None:
+                self._refusals.append(refusal)
+                return []
         self._num_submitted += 1
         self._totals.num_replayed += bool(request.emitted)
         self._live[seq.rid] = seq
@@ -143,10 +178,15 @@ class EngineCore:
         scheduler = self._schedulers.get(done.replica)
         if scheduler is None:
             return []
-        emissions = scheduler.step_done(done)
+        self._observe(scheduler.observed(done.step, self._now_s))
+        emissions = [self._first(e) if e.first == 0 else e for e in scheduler.step_done(done)]
         for emission in emissions:
             if emission.finish is not None:
                 self._forget(emission)
+        for seq in scheduler.late(self._now_s):
+            self._refusals.append(self.admission.late(seq.request))
+            scheduler.drop(seq)
+            self._forget(seq.end("abort"))
         return emissions
 
     def _begin(self, begin: Begin) -> tuple[list[Plan], list[Emission]]:
@@ -172,6 +212,8 @@ class EngineCore:
                 reruns += scheduler.renew(begin.epoch)
                 for seq in scheduler.take_waiting():
                     seq.replica = -1
+        if not self._schedulers and before:
+            self._without_s = self._now_s
         for seq in list(self._live.values()):
             if seq.replica < 0 or self._schedulers.get(seq.replica) is not before.get(seq.replica, None):
                 emissions += self._replay(seq)
@@ -200,8 +242,95 @@ class EngineCore:
             self._forget(emission)
             return [emission]
         if self._schedulers:
-            min(self._schedulers.values(), key=lambda s: s.load_tokens - s.hit_tokens(seq)).add(seq)
+            self._schedulers[self._best_for(seq)].add(seq)
         return []
+
+    def _best_for(self, seq: Sequence) -> int:
+        forecast = self._forecast(seq)
+        if forecast is not None:
+            return forecast.replica
+        return min(self._schedulers.items(), key=lambda item: item[1].load_tokens - item[1].hit_tokens(seq))[0]
+
+    # -- the objective -------------------------------------------------------------------------------------------------
+
+    @property
+    def num_replicas(self) -> int:
+        """That serve now."""
+        return len(self._schedulers)
+
+    @property
+    def _pace(self) -> Pace | None:
+        """Of the replicas that serve now; None without an objective: nobody asks then what steps take."""
+        slo = self.config.slo
+        return self.paces.of(len(self._schedulers)) if slo.ttft_s is not None or slo.itl_s is not None else None
+
+    def _observe(self, observed: Observed | None) -> None:
+        """Only what happened while every replica was at work tells what a full cell can do."""
+        if observed is not None and self._pace is not None and all(s.is_busy for s in self._schedulers.values()):
+            self._pace.observe(observed)
+
+    def _forecast(self, seq: Sequence) -> Forecast | None:
+        """Of the replica where its first token comes soonest; None while nothing is known."""
+        pace = self._pace
+        if self.config.slo.ttft_s is None or pace is None or pace.costs is None:
+            return None
+        forecasts = [scheduler.forecast(seq, pace, self._now_s) for scheduler in self._schedulers.values()]
+        return min(forecasts, key=lambda f: (f.harms, f.ttft_s, f.load_tokens), default=None)
+
+    def _judge(self, seq: Sequence) -> Refusal | None:
+        request, schedulers = seq.request, self._schedulers.values()
+        token_s = pace.costs[1] if (pace := self._pace) is not None and pace.costs is not None else 0.0
+        if not schedulers and self.epoch >= 0:
+            backlog_s = token_s * sum(len(s.tokens) for s in self._live.values())
+            return self.admission.no_capacity(request, backlog_s, self._now_s - self._without_s)
+        num_tokens = sum(s.prompt_tokens() for s in schedulers)
+        queue = Queue(
+            sum(len(s.waiting) for s in schedulers),
+            num_tokens,
+            token_s * sum(s.prompt_tokens(request.terms.tenant) for s in schedulers),
+            token_s * num_tokens,
+        )
+        forecast = self._forecast(seq)
+        refusal = self.admission.judge(request, forecast, queue, len(schedulers), self._now_s)
+        if refusal is None and forecast is not None:
+            seq.predicted_ttft_s = forecast.ttft_s * self.admission.bias + request.terms.waited_s
+        return refusal
+
+    def _first(self, emission: Emission) -> Emission:
+        """A request's first token: what was predicted of it is learned from, and told."""
+        seq = self._live.get(emission.rid)
+        if seq is None or seq.predicted_ttft_s is None:
+            return emission
+        self.admission.learn(seq.predicted_ttft_s, self._now_s - seq.submitted_s)
+        return msgspec.structs.replace(
+            emission, predicted_ttft_s=seq.predicted_ttft_s, queued_s=max(0.0, seq.planned_s - seq.submitted_s)
+        )
+
+    def _budget_tokens(self) -> int:
+        pace = self._pace
+        if self.config.slo.ttft_s is None or pace is None or pace.costs is None or pace.costs[1] <= 0:
+            return 0
+        token_s = (pace.step_s(Work(self.config.max_step_tokens)) / self.config.max_step_tokens) * self.admission.bias
+        return sum(int(self.admission.budget_s(s.wait_s(pace)) / token_s) for s in self._schedulers.values())
+
+    def _abort(self, name: str, tenant: str | None) -> list[Emission]:
+        """End all requests of this name ("": of any), of one tenant or of all (None)."""
+        rids = [
+            rid
+            for rid, seq in self._live.items()
+            if name in {"", seq.request.name} and tenant in {None, seq.request.terms.tenant}
+        ]
+        return [emission for rid in rids for emission in self._cancel(rid)]
+
+    def reset_totals(self) -> None:
+        """Forget what was counted: it was a rehearsal. Nothing may be live."""
+        assert not self._live, "requests are live"
+        for scheduler in self._schedulers.values():
+            scheduler.forget_cache()
+        self._totals.__init__()  # type: ignore[misc]
+        self._finished.clear()
+        self._kept.clear()
+        self._num_submitted = 0
 
     def _forget(self, emission: Emission) -> None:
         """Out of the living; its tokens are kept for a while."""

@@ -161,6 +161,11 @@ class Membership:
         return list(self._workers)
 
     @property
+    def num_seats(self) -> int:
+        """Of the layout, filled or not."""
+        return self._layout.num_workers
+
+    @property
     def is_ready(self) -> bool:
         """Whether there is a replica to run on. A cell that is between two epochs is as ready as it was."""
         return self.epoch > 0 and not self._in_pause

@@ -92,13 +92,26 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     request: Request
 
 
+class Arrivals(msgspec.Struct, frozen=True, array_like=True, tag="arrivals"):
+    """Requests that came while a step was being looked at: all are there when the next one is planned."""
+
+    requests: list[Request]
+
+
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     """End a request. Its pages are free within a step. Unknown or ended requests are ignored."""
 
     rid: str
 
 
-Event = Begin | Submit | Cancel | StepDone
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """End all requests that clients call so, or all there are (""); of one tenant, or of whomever (None)."""
+
+    name: str
+    tenant: str | None = None
+
+
+Event = Begin | Submit | Arrivals | Cancel | Abort | StepDone
 
 # -- commands: what comes out -----------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ class Emission(msgspec.Struct, frozen=True, array_like=True):
     num_cached: int  # prompt tokens whose KV was found in the prefix cache at first scheduling
     finish: FinishReason | None = None
     predicted_ttft_s: float | None = None  # what was predicted when it was let in; with its first token only
+    queued_s: float | None = None  # from its arrival to the first step that had it; with its first token only
     tops: list[list[tuple[int, float]]] = []  # per token the likeliest, likeliest first; empty unless asked for
 
 

@@ -1,6 +1,7 @@
 """Who runs in the next step of one replica: continuous batching, chunked prefill, up to PP steps in flight.
 
-Decode comes first, then prompts in the order of their arrival fill what is left of the step's token budget. Where
+Decode comes first, then prompts fill what is left of the step's token budget, the one with the earliest deadline for
+its first token before all others (EDF); one that cannot meet it any more comes after those that can, for a while. Where
 there are stages to keep busy, a step takes only its share of the decoding sequences, so that the others form the next
 microbatches. Pages for all known tokens are taken when a sequence is admitted, one more whenever decoding fills the
 last; when none is left, the sequence that arrived last gives up its own and is added again later (preemption).
@@ -15,11 +16,15 @@ from dataclasses import dataclass
 import msgspec
 
 from serve_app.engine.blocks import PagePool, extend_chain
+from serve_app.engine.pace import Observed, Pace, Work
 from serve_app.engine.plan import Plan, Slice, StepDone
 from serve_app.engine.request import Emission
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.slo import Forecast, SloConfig
 
 MIN_CHUNK_TOKENS = 128  # a smaller chunk reads the weights for too few tokens
+MIN_ITL_CHUNK_TOKENS = 32  # however short the time between two tokens is to be: prompts must get on
+LEARN_LENGTHS = 0.05  # weight of one more answer's length
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_step_tokens: int = 1024  # of one step, prefill and decode together
     eos_token_ids: tuple[int, ...] = ()
     prefix_cache: bool = True
+    slo: SloConfig = SloConfig()
     keep_s: float = 0.0  # how long the tokens of an ended request are kept for whoever lost its stream
 
     def __post_init__(self) -> None:
@@ -51,6 +57,7 @@ class Totals:
     generation_tokens: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    length_ratio: float = 1.0  # of answers to what was asked for at most, learned
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -66,6 +73,8 @@ class _Flight(msgspec.Struct):
 
     slices: list[Slice]
     parts: list[_Part]
+    work: Work = Work()
+    issued_s: float = 0.0
     done: StepDone | None = None  # it is done, but a step before it is not yet: messages may overtake each other
 
 
@@ -90,6 +99,7 @@ class Scheduler:
         self._flights: dict[int, _Flight] = {}  # in the order of their issue
         self._next_step = 0
         self._last_step = -1  # of this epoch
+        self._ended_s = -1.0  # when the last step ended; before the first of an epoch: never
 
     # -- requests in and out -----------------------------------------------------------------------------------
 
@@ -98,15 +108,15 @@ class Scheduler:
         return len(self._match(seq)) * self._config.page_tokens
 
     def add(self, seq: Sequence) -> None:
-        """Put `seq`, which has nothing computed, into the queue, before all that arrived later."""
+        """Put `seq`, which has nothing computed, into the queue, by its deadline and arrival."""
         seq.replica = self._replica
         self._enqueue(seq)
         self.load_tokens += seq.work_tokens
 
     def _enqueue(self, seq: Sequence) -> None:
         last = next(reversed(self.waiting.values()), None)
-        is_last = last is None or last.arrival < seq.arrival
-        later = [] if is_last else [s.rid for s in self.waiting.values() if s.arrival > seq.arrival]
+        is_last = last is None or last.order < seq.order
+        later = [] if is_last else [s.rid for s in self.waiting.values() if s.order > seq.order]
         self.waiting[seq.rid] = seq
         for rid in later:
             self.waiting.move_to_end(rid)
@@ -115,6 +125,7 @@ class Scheduler:
         """Go on in a new epoch with all KV as it is: the steps in flight, which are to be run again."""
         self._epoch = epoch
         self._last_step = -1
+        self._ended_s = -1.0
         return [self._plan(step, flight.slices) for step, flight in self._flights.items() if flight.done is None]
 
     def _plan(self, step: int, slices: list[Slice]) -> Plan:
@@ -139,23 +150,38 @@ class Scheduler:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def next_plan(self) -> Plan | None:
-        """The next step, or None while the pipeline is full or nothing can run."""
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._flights)
+
+    def next_plan(self, pace: Pace | None = None, now: float = 0.0) -> Plan | None:
+        """The next step, or None while the pipeline is full or nothing can run. `pace` tells what steps cost."""
         if len(self._flights) >= self._config.num_stages:
             return None
+        self._demote_late(pace, now)
         slices: list[Slice] = []
         parts: list[_Part] = []
         budget = self._config.max_step_tokens
         budget -= self._take_decodes(slices, parts, budget)
-        budget = min(budget, self._fair_prefill_tokens())
+        budget = min(budget, self._fair_prefill_tokens(), self._gentle_tokens(pace, len(slices)))
         budget -= self._take_prefills(slices, parts, budget)
         self._take_waiting(slices, parts, budget)
         if not slices:
             return None
         step, self._next_step = self._next_step, self._next_step + 1
-        self._flights[step] = _Flight(slices, parts)
+        self._flights[step] = _Flight(slices, parts, _work_of(slices), now)
+        for part in parts:
+            part.seq.planned_s = part.seq.planned_s or now
         self._totals.num_steps += 1
         return self._plan(step, slices)
+
+    def observed(self, step: int, now: float) -> Observed | None:
+        """What the end of a step at `now` says about the pace: nothing where the pipeline was idle before it."""
+        flight = self._flights.get(step)
+        before_s, self._ended_s = self._ended_s, now
+        if flight is None or flight.done is not None or before_s < 0 or flight.issued_s > before_s:
+            return None
+        return Observed(flight.work, now - before_s)
 
     def step_done(self, done: StepDone) -> list[Emission]:
         """Book a finished step: its KV is there, its tokens are emitted. An unknown or repeated step is ignored.
@@ -174,7 +200,7 @@ class Scheduler:
         return emissions
 
     def _book(self, parts: list[_Part], done: StepDone) -> list[Emission]:
-        answers = iter(zip(done.tokens, done.logprobs, strict=True))
+        answers = iter(zip(done.tokens, done.logprobs, done.tops or [[] for _ in done.tokens], strict=True))
         emissions = []
         for part in parts:
             seq = part.seq
@@ -209,14 +235,14 @@ class Scheduler:
     def _take_prefills(self, slices: list[Slice], parts: list[_Part], budget: int) -> int:
         """The next chunks of prompts that were begun; returns the tokens taken."""
         left = budget
-        for seq in list(self._prefilling.values()):
+        for seq in sorted(self._prefilling.values(), key=lambda s: s.order):
             if not left:
                 break
             left -= self._issue_chunk(seq, left, slices, parts)
         return budget - left
 
     def _take_waiting(self, slices: list[Slice], parts: list[_Part], budget: int) -> None:
-        """Admit in order of arrival while budget, pages and `max_running` allow."""
+        """Admit in order while budget, pages and `max_running` allow."""
         while budget and self.waiting and len(self.running) < self._config.max_running:
             seq = next(iter(self.waiting.values()))
             if not self._admit(seq):
@@ -235,6 +261,102 @@ class Scheduler:
                 break
             outstanding += len(seq.tokens)
         return max(MIN_CHUNK_TOKENS, -(-outstanding // num_stages)) if num_stages > 1 else enough
+
+    def _gentle_tokens(self, pace: Pace | None, num_decoding: int) -> int:
+        """Prompt tokens for one step, at most, for running streams to keep their inter-token objective.
+
+        A stream has a token in every `num_stages`-th step.
+        """
+        itl_s, most = self._config.slo.itl_s, self._config.max_step_tokens
+        if itl_s is None or pace is None or pace.costs is None or not num_decoding:
+            return most
+        left_s = itl_s / self._config.num_stages - pace.step_s(Work(0.0, num_decoding))
+        token_s = pace.costs[1]
+        return min(most, max(MIN_ITL_CHUNK_TOKENS, int(left_s / token_s))) if token_s > 0 else most
+
+    def _demote_late(self, pace: Pace | None, now: float) -> None:
+        """Those at the head of the queue that cannot have their first token in time any more: others still can."""
+        for seq in list(self.waiting.values()):
+            own_s = 0.0 if pace is None else pace.step_s(Work(len(seq.tokens)))
+            if seq.is_late or seq.num_emitted or now + own_s <= seq.deadline_s:
+                break
+            seq.demote()
+            del self.waiting[seq.rid]
+            self._enqueue(seq)
+
+    def late(self, now: float) -> list[Sequence]:
+        """Those that wait, are late, and asked to be dropped then."""
+        return [s for s in self.waiting.values() if s.request.terms.drops_late and not s.num_emitted and now > s.due_s]
+
+    # -- what a newcomer would meet ------------------------------------------------------------------------------------
+
+    def forecast(self, seq: Sequence, pace: Pace, now: float) -> Forecast:
+        """When `seq` would have its first token here, and whether somebody would be late for it. O(queue).
+
+        Steps end one after the other: those in flight, then as many as it takes to compute the prompts before it and
+        its own, beside the tokens of those who run by then. It also needs a place and pages: those who run give theirs
+        back when they end.
+        """
+        ahead = [*self._prefilling.values(), *(s for s in self.waiting.values() if s.order < seq.order)]
+        behind = [s for s in self.waiting.values() if s.order > seq.order]
+        own = Work(len(seq.tokens) - self.hit_tokens(seq), 0.0, len(seq.tokens) ** 2 / 2e3)
+        before_s, rows = self._before_s(ahead, pace)
+        place_s = self._place_s(seq, len(ahead) - len(self._prefilling), pace, rows)
+        own_s = self._prompt_s(own, pace, rows)
+        wait_s = max(before_s, place_s)
+        harms = bool(behind) and self._harms(behind, wait_s + own_s, pace, rows, now)
+        return Forecast(self._replica, wait_s, own_s, harms, self.load_tokens)
+
+    def wait_s(self, pace: Pace) -> float:
+        """Until the computation of a newcomer would begin that comes after all others."""
+        return self._before_s([*self._prefilling.values(), *self.waiting.values()], pace)[0]
+
+    def prompt_tokens(self, tenant: str | None = None) -> int:
+        """Tokens of prompts that are yet to be computed, of one tenant or of all. O(queue)."""
+        live = (*self._prefilling.values(), *self.waiting.values())
+        return sum(len(s.tokens) - s.num_sent for s in live if tenant is None or s.request.terms.tenant == tenant)
+
+    def _before_s(self, ahead: list[Sequence], pace: Pace) -> tuple[float, float]:
+        """Seconds of the steps in flight and of the prompts `ahead`; decoding rows in a step meanwhile."""
+        num_decoding = len(self.running) - len(self._prefilling)
+        rows = min(self._config.max_running, num_decoding + len(ahead) / 2) / self._config.num_stages
+        work = Work(
+            sum(len(s.tokens) - s.num_sent for s in ahead),
+            0.0,
+            sum(len(s.tokens) ** 2 - s.num_sent**2 for s in ahead) / 2e3,
+        )
+        flying_s = sum(pace.step_s(flight.work) for flight in self._flights.values())
+        return flying_s + (self._prompt_s(work, pace, rows) if ahead else 0.0), rows
+
+    def _prompt_s(self, work: Work, pace: Pace, rows: float) -> float:
+        """Seconds to compute prompts in steps that carry `rows` decoding rows as well."""
+        budget = min(self._config.max_step_tokens, self._gentle_tokens(pace, int(rows))) - int(rows)
+        num_steps = max(1.0, work.prompt_tokens / max(1, budget))
+        return (num_steps - 1) * pace.step_s(Work(0.0, rows)) + pace.step_s(
+            Work(work.prompt_tokens, rows, work.attended_kpairs)
+        )
+
+    def _place_s(self, seq: Sequence, num_ahead: int, pace: Pace, rows: float) -> float:
+        """Seconds until there is a place among the running, and pages."""
+        num_missing = num_ahead + 1 - (self._config.max_running - len(self.running))
+        page_tokens = self._config.page_tokens
+        needed = sum(-(-len(s.tokens) // page_tokens) for s in (seq, *self.waiting.values())) + len(self.running)
+        num_held = max(1, self.pool.num_held // max(1, len(self.running)))
+        num_missing = max(num_missing, -(-(needed - self.pool.num_available) // num_held))
+        if num_missing <= 0 or not self.running:
+            return 0.0
+        lengths = sorted(max(1, s.limit_tokens - len(s.tokens)) for s in self.running.values())
+        rounds, last = divmod(num_missing - 1, len(lengths))
+        num_tokens = self._totals.length_ratio * (rounds * lengths[-1] + lengths[last])
+        return num_tokens * self._config.num_stages * pace.step_s(Work(0.0, rows))
+
+    def _harms(self, behind: list[Sequence], until_s: float, pace: Pace, rows: float, now: float) -> bool:
+        """Whether somebody of those `behind` who is in time now would be late if their turn came after `until_s`."""
+        for other in behind:
+            until_s += self._prompt_s(Work(len(other.tokens)), pace, rows)
+            if not other.is_late and now + until_s > other.deadline_s:
+                return True
+        return False
 
     def _issue_chunk(self, seq: Sequence, budget: int, slices: list[Slice], parts: list[_Part]) -> int:
         left = len(seq.tokens) - seq.num_sent
@@ -290,6 +412,10 @@ class Scheduler:
             self._count_admission(seq)
         return True
 
+    def forget_cache(self) -> None:
+        """Nobody holds a page: start with none cached."""
+        self.pool = PagePool(self.pool.num_pages)
+
     def _count_admission(self, seq: Sequence) -> None:
         seq.was_admitted = True
         seq.num_cached = min(seq.num_done, seq.num_prompt)
@@ -342,14 +468,19 @@ class Scheduler:
             self.pool.publish(seq.pages[i], seq.chain[i])
         seq.num_published = num_full
 
-    def _accept(self, seq: Sequence, token: int, logprob: float) -> Emission:
-        emission = seq.accept(token, logprob)
+    def _accept(self, seq: Sequence, token: int, logprob: float, top: list[tuple[int, float]]) -> Emission:
+        emission = seq.accept(token, logprob, top)
         self._totals.generation_tokens += 1
         if emission.finish is None:
             self._ready[seq.rid] = seq
         else:
+            self._learn_length(seq)
             self.drop(seq)
         return emission
+
+    def _learn_length(self, seq: Sequence) -> None:
+        ratio = seq.num_emitted / max(1, seq.limit_tokens - seq.num_prompt)
+        self._totals.length_ratio += LEARN_LENGTHS * (ratio - self._totals.length_ratio)
 
     def check_integrity(self) -> None:
         """Assert that each page has as many references as holders, and that the sets and sums fit. O(all pages)."""
@@ -361,11 +492,23 @@ class Scheduler:
             num_refs[page] += 1
         assert num_refs == [self.pool.num_refs(p) for p in range(self.pool.num_pages)], "a page has lost its holder"
         assert not any(seq.pages for seq in self.waiting.values()), "a waiting sequence holds pages"
-        arrivals = [seq.arrival for seq in self.waiting.values()]
-        assert arrivals == sorted(arrivals), "the queue is not in order of arrival"
+        orders = [seq.order for seq in self.waiting.values()]
+        assert orders == sorted(orders), "the queue is not in the order of its deadlines"
         assert not self._ready.keys() & self._prefilling.keys(), "a sequence is both ready and prefilling"
         for rid, seq in self.running.items():
             is_idle = rid in self._ready or rid in self._prefilling
             assert is_idle or seq.num_in_flight, f"{rid} runs but nothing is in flight for it"
         live = [*self.waiting.values(), *self.running.values()]
         assert self.load_tokens == sum(seq.work_tokens for seq in live), "the load has drifted"
+
+
+def _work_of(slices: list[Slice]) -> Work:
+    prompt_tokens = rows = pairs = 0
+    for part in slices:
+        num_tokens = len(part.tokens)
+        if num_tokens == 1:
+            rows += 1
+        else:
+            prompt_tokens += num_tokens
+        pairs += num_tokens * (part.start + num_tokens // 2)
+    return Work(prompt_tokens, rows, pairs / 1e3)

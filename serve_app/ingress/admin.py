@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
 
 from serve_app.ingress.client import Engine, EngineUnavailableError
+from serve_app.ingress.guard import require_admin
 from serve_app.ingress.health import json_response
 from serve_app.ingress.openapi import EVENTS_OPENAPI, PLACEMENT_OPENAPI, PROCESSES_OPENAPI
 
@@ -16,7 +17,7 @@ _After = Annotated[float, Query(description="Unix seconds: only what happened la
 
 def admin_routes(engine: Engine, max_wait_s: float) -> APIRouter:
     """The routes under `/admin`. Each answer is JSON; 503 with `reason` where the cell cannot be asked."""
-    router = APIRouter(prefix="/admin", tags=["admin"])
+    router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(require_admin)])
 
     async def answer(asked: Awaitable[Any], who: str = "the engine has not") -> Response:
         try:

@@ -1,17 +1,23 @@
 """How the sequences of one HTTP request run: side by side, each cancelled as soon as nobody waits for it."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
+import msgspec
+
+from serve_app.engine.request import Terms
+from serve_app.ingress.access_log import account
 from serve_app.ingress.client import Engine
 from serve_app.ingress.door import Job
-from serve_app.ingress.faults import BadInputError, GenerationError
+from serve_app.ingress.faults import AbortedError, BadInputError, GenerationError, RefusedError, TakenOverError
 from serve_app.ingress.output import Output, Piece
 from serve_app.ingress.sse import Progress
 from serve_app.model.tokenizer import Tokenizer
-from serve_app.telemetry.metrics import ServingMetrics
+from serve_app.telemetry.metrics import ServingMetrics, Watch
 
 T = TypeVar("T")
 Update = tuple[int, Output, list[Piece]]
@@ -60,19 +66,20 @@ class Runner:
         self._metrics = metrics
         self._running: dict[str, object] = {}  # the engine's name of a request -> the run that it belongs to
 
-    async def answer(self, call: Call) -> list[Output]:
+    async def answer(self, call: Call, terms: Terms = Terms()) -> list[Output]:  # noqa: B008  (it is immutable)
         """All jobs' finished outputs. When one fails the others are cancelled."""
-        async with aclosing(self.run(call, lambda index, output, _: (index, output))) as updates:
+        async with aclosing(self.run(call, lambda index, output, _: (index, output), terms)) as updates:
             outputs = {index: output async for index, output in updates}
         return [outputs[i] for i in range(len(call.jobs))]
 
-    async def run(self, call: Call, render: Render[T]) -> AsyncGenerator[T, None]:
+    async def run(self, call: Call, render: Render[T], terms: Terms = Terms()) -> AsyncGenerator[T, None]:  # noqa: B008
         """Every update of every job as it comes, rendered. Closing this cancels what still runs.
 
         Raises BadInputError if one of the jobs is running already, unless the call is resumed: then it takes that
-        over. Raises GenerationError, EngineUnavailableError.
+        over. Raises RefusedError, AbortedError, GenerationError, EngineUnavailableError.
         """
-        jobs = call.jobs
+        terms = msgspec.structs.replace(terms, is_accepted=call.progress.has_some)
+        jobs = [_on_terms(job, terms) for job in call.jobs]
         with self._reserved([job.request.rid for job in jobs], takes_over=call.progress.is_resumed):
             rendered = self._run_alone(jobs[0], render) if len(jobs) == 1 else self._run_all(jobs, render)
             async with aclosing(rendered):
@@ -97,12 +104,16 @@ class Runner:
                 yield render(*update)
 
     async def _run_one(self, index: int, job: Job) -> AsyncGenerator[Update, None]:
+        seen = account()
+        seen.rid = seen.rid or job.rid
+        seen.prompt_tokens += len(job.request.prompt)
         output = Output(self._tokenizer, job.stops, job.skip_special_tokens)
-        with self._metrics.watch(len(job.request.prompt)) as watch:
+        with self._metrics.watch(job.request) as watch, _seen_by(watch):
             async with aclosing(self._engine.submit(job.request)) as emissions:
                 async for emission in emissions:
                     pieces = output.take(emission)
-                    watch.generated(len(pieces))
+                    watch.generated(len(pieces), emission)
+                    seen.answer_tokens += len(pieces)
                     if output.finish is not None:
                         watch.finished(output.finish.reason)
                         yield index, output, pieces
@@ -140,3 +151,24 @@ class Runner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _on_terms(job: Job, terms: Terms) -> Job:
+    """Whoever has another key has another request, though it be the same to the letter."""
+    rid = job.request.rid
+    if terms.tenant:
+        rid = hashlib.blake2b(f"{rid} {terms.tenant}".encode(), digest_size=16).hexdigest()
+    return replace(job, request=msgspec.structs.replace(job.request, rid=rid, name=job.rid, terms=terms))
+
+
+@contextmanager
+def _seen_by(watch: Watch) -> Iterator[None]:
+    """What the metrics are told of a request that ends otherwise than by its answer."""
+    try:
+        yield
+    except RefusedError as error:
+        watch.refused(error.reason)
+        raise
+    except (TakenOverError, AbortedError):
+        watch.finished("abort")
+        raise

@@ -9,6 +9,7 @@ from serve_app.engine.core import EngineStats
 from serve_app.engine.members import CellStats
 from serve_app.engine.request import Emission, Request
 from serve_app.errors import OctavoError
+from serve_app.runtime.operations import Begun, Operation, OperationRequest
 from serve_app.runtime.snapshot import CellView, EventView, ProcessView
 
 
@@ -40,6 +41,21 @@ class Engine(Protocol):
 
     async def status(self) -> EngineStatus:
         """How the engine is. Raises EngineUnavailableError; may take as long as the caller's patience."""
+        ...
+
+    async def abort(self, name: str, tenant: str | None) -> None:
+        """End all requests that their clients call `name` ("": whatever they are called).
+
+        Of one tenant, or of whomever (None). Their streams raise AbortedError. Raises EngineUnavailableError.
+        """
+        ...
+
+    async def operate(self, asked: OperationRequest) -> Begun:
+        """Order an operation of the cell; `asked` is complete. Raises and waits as `placement` does."""
+        ...
+
+    async def operations(self) -> list[Operation]:
+        """What was ordered of this engine, the newest last. Raises and waits as `placement` does."""
         ...
 
     async def placement(self) -> CellView:

@@ -1,5 +1,6 @@
 """The ingress as a Serve deployment: the FastAPI app over a connection to the cell's engine."""
 
+import math
 import os
 import uuid
 from collections.abc import AsyncGenerator
@@ -19,13 +20,17 @@ from serve_app.fetch.progress import silent
 from serve_app.ingress.api import create_app
 from serve_app.ingress.client import EngineStatus, EngineUnavailableError
 from serve_app.ingress.door import Limits, ModelInfo
-from serve_app.ingress.faults import TakenOverError
+from serve_app.ingress.faults import AbortedError, RefusedError, TakenOverError
+from serve_app.ingress.guard import Protection
+from serve_app.ingress.terms import Policy
 from serve_app.model.spec import ModelSpec
 from serve_app.model.tokenizer import Tokenizer
 from serve_app.runtime import client as runtime
 from serve_app.runtime.client import EngineClient
+from serve_app.runtime.operations import Begun, Operation, OperationRequest
 from serve_app.runtime.settings import max_context_tokens
 from serve_app.runtime.snapshot import CellView, EventView, ProcessView
+from serve_app.telemetry.metrics import Objective
 
 HOLD_S = 10.0  # new traffic is welcome for so long without an engine: it waits for the next one
 
@@ -49,6 +54,14 @@ class CellEngine:
             raise EngineUnavailableError(str(error)) from None
         except runtime.TakenOverError as error:
             raise TakenOverError(str(error)) from None
+        except runtime.EndedByNameError as error:
+            raise AbortedError(str(error)) from None
+        except runtime.NotLetInError as error:
+            refusal = error.refusal
+            raise RefusedError(refusal.reason, refusal.text, refusal.retry_after_s) from None
+
+    async def abort(self, name: str, tenant: str | None = None) -> None:
+        self._client.abort(name, tenant)
 
     async def status(self) -> EngineStatus:
         latest, _ = self._client.latest()
@@ -68,6 +81,14 @@ class CellEngine:
             cell=latest.cell,
         )
 
+    async def operate(self, asked: OperationRequest) -> Begun:
+        begun: Begun = await _answer(self._engine.operate, asked)
+        return begun
+
+    async def operations(self) -> list[Operation]:
+        operations: list[Operation] = await _answer(self._engine.operations)
+        return operations
+
     async def placement(self) -> CellView:
         view: CellView = await _answer(self._engine.placement)
         return view
@@ -81,10 +102,10 @@ class CellEngine:
         return processes
 
 
-async def _answer(method: Any) -> Any:
+async def _answer(method: Any, *arguments: Any) -> Any:
     """Of a method of the engine's deployment."""
     try:
-        return await method.remote()
+        return await method.remote(*arguments)
     except Exception as error:  # a dead replica, a full queue, what the engine says: there is no answer
         raise EngineUnavailableError(cause_of(error)) from None
 
@@ -108,8 +129,19 @@ class IngressService:
             created=created_unix_s,
         )
         limits = Limits(max_body_bytes=config.limits.max_body_bytes, max_prompts=config.limits.max_prompts)
+        objective = Objective(config.slo.ttft_s, config.slo.alert_at_s or math.inf)
         cell = CellEngine(self._client, config.scheduler.page_tokens, engine)
-        self._app = create_app(cell, tokenizer, info, limits, names_answers=False)
+        self._app = create_app(
+            cell,
+            tokenizer,
+            info,
+            limits,
+            names_answers=False,
+            book=self._client.book,
+            objective=objective,
+            protection=Protection.of(config),
+            policy=Policy(config.slo),
+        )
 
     def check_health(self) -> None:
         """Serve replaces an ingress that is broken itself. Without an engine it is not: its streams wait for one."""

@@ -2,19 +2,25 @@
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from llguidance.gbnf_to_lark import any_to_lark
 
-from serve_app.engine.request import Request, SamplingParams
+from serve_app.engine.request import Grammar, Request, SamplingParams
 from serve_app.ingress.faults import BadInputError
 from serve_app.ingress.sse import Ticket
 from serve_app.model.tokenizer import Tokenizer
 
 MAX_SEED = (1 << 64) - 1
 MAX_TEMPERATURE = 100.0
+MAX_BIASES = 1024
+MAX_BIAS = 100.0  # OpenAI's
+MAX_TOP_LOGPROBS = 20  # OpenAI's
+LEAST_REPETITION_PENALTY = 0.01  # what is divided by less soon has no place among fp32 numbers
+MAX_GBNF_CHARS = 1 << 13  # the time to convert it grows with the square of its rules
 GREEDY_BELOW = 1e-6  # a temperature under this overflows the logits it divides; SGLang draws the line there too
 
 
@@ -90,10 +96,13 @@ class Door:
         self.check_ids(ids, name)
         return Prompt(list(ids), name)
 
-    def prompt_of_messages(self, messages: list[dict[str, Any]], name: str) -> Prompt:
+    def prompt_of_messages(
+        self, messages: list[dict[str, Any]], name: str, variables: Mapping[str, Any] | None = None
+    ) -> Prompt:
+        """`variables` are what the chat template sees besides: see `ChatTemplate.render`."""
         require(bool(messages), name, "empty")
         try:
-            tokens = self.tokenizer.encode_chat(messages)
+            tokens = self.tokenizer.encode_chat(messages, **(variables or {}))
         except ValueError as error:
             raise BadInputError(name, str(error)) from None
         require(bool(tokens), name, "has no token")
@@ -137,6 +146,34 @@ class Door:
         require(len(ids) <= most, name, f"{len(ids)} stop tokens; the limit is {most}")
         self.check_ids(ids, name)
         return tuple(sorted(set(ids)))
+
+    def logit_bias(self, given: Mapping[str, float], name: str) -> tuple[tuple[int, float], ...]:
+        """Sorted by token. The keys are token ids, written as JSON writes names."""
+        require(len(given) <= MAX_BIASES, name, f"{len(given)} tokens; the limit is {MAX_BIASES}")
+        for key, bias in given.items():
+            require(key.isascii() and key.isdecimal() and len(key) < 10, name, f"{key[:24]!r} is no token id")
+            in_range(bias, -MAX_BIAS, MAX_BIAS, name)
+        biases = {int(key): bias for key, bias in given.items()}
+        self.check_ids(list(biases), name)
+        return tuple(sorted(biases.items()))
+
+    def grammar(self, kind: Literal["json_schema", "regex", "lark"], text: str, name: str) -> Grammar:
+        """A grammar that compiles. It takes milliseconds; a second or two where it is the first, or a bad one."""
+        grammar = Grammar(kind, text)
+        try:
+            self.tokenizer.grammars.check(grammar)
+        except ValueError as error:
+            raise BadInputError(name, str(error)) from None
+        return grammar
+
+    def gbnf(self, text: str, name: str) -> Grammar:
+        """A grammar in llama.cpp's notation, with a rule `root`; one in Lark's is taken too."""
+        require(len(text) <= MAX_GBNF_CHARS, name, f"longer than {MAX_GBNF_CHARS} characters")
+        try:
+            lark = any_to_lark(text)
+        except Exception as error:  # the converter's own kinds are no better
+            raise BadInputError(name, f"not a grammar: {' '.join(str(error).split())[:200]}") from None
+        return self.grammar("lark", lark, name)
 
     def top_k(self, value: int) -> int:
         """The engine's form: 0 keeps all."""

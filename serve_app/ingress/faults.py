@@ -24,11 +24,19 @@ class RefusedError(OctavoError):
     def __init__(self, reason: str, text: str, retry_after_s: float) -> None:
         super().__init__(text)
         self.reason = reason  # for machines: "ttft", "queue-full", "fair-share", "draining", ...
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = retry_after_s  # 0: it never can be
+        self.status = 503 if reason in {"no-capacity", "draining"} else 429  # of HTTP
 
 
 class AbortedError(OctavoError):
     """Somebody ended the request by its name while it ran."""
+
+
+class TimedOutError(OctavoError):
+    """The client wanted the answer by then, or not at all."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the answer was not finished within the {timeout_s:g} s that x-request-timeout-ms allows")
 
 
 class GenerationError(OctavoError):

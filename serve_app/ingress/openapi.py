@@ -1,5 +1,6 @@
 """What /openapi.json says of `/generate` and `/admin/...`, taken from the structs that decode and make them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -33,6 +34,13 @@ GENERATE_OPENAPI: dict[str, Any] = {
         },
     }
 }
+
+
+def schemas_of(types: Sequence[type]) -> list[dict[str, Any]]:
+    """References to the schemas of these structs, which are in the document from now on."""
+    references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    _COMPONENTS.update(components)
+    return list(references)
 
 
 def _answers(text: str, schema: dict[str, Any], silent: str) -> dict[str, Any]:

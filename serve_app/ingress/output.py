@@ -76,6 +76,7 @@ class Piece:
     logprob: float | None
     text: str
     special: bool
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest at its place, likeliest first; empty unless asked for
 
 
 class Output:
@@ -108,7 +109,8 @@ class Output:
         for i in range(num_known, len(emission.tokens)):
             is_last = emission.finish is not None and i == len(emission.tokens) - 1
             logprob = emission.logprobs[i] if emission.logprobs else None
-            pieces.append(self._take_token(emission.tokens[i], logprob, emission.finish if is_last else None))
+            top = emission.tops[i] if emission.tops else []
+            pieces.append(self._take_token(emission.tokens[i], logprob, top, emission.finish if is_last else None))
             self.pieces.append(pieces[-1])
             if self.finish is not None:
                 return pieces
@@ -116,7 +118,9 @@ class Output:
             self._end(emission.finish)
         return pieces
 
-    def _take_token(self, token: int, logprob: float | None, finish: FinishReason | None) -> Piece:
+    def _take_token(
+        self, token: int, logprob: float | None, top: list[tuple[int, float]], finish: FinishReason | None
+    ) -> Piece:
         num_chars = len(self.text)
         self.tokens.append(token)
         if finish != "stop":  # the end token is no text
@@ -125,7 +129,7 @@ class Output:
             self.finish = Finish("stop", self._matcher.matched)
         elif finish is not None:
             self._end(finish)
-        return Piece(token, logprob, self.text[num_chars:], token in self._special_ids)
+        return Piece(token, logprob, self.text[num_chars:], token in self._special_ids, tuple(top))
 
     def _end(self, reason: FinishReason) -> None:
         assert reason != "error", "raised by take"

@@ -10,12 +10,14 @@ from typing import Any
 
 import msgspec
 
-from serve_app.engine.request import SamplingParams
+from serve_app.engine.request import Grammar, SamplingParams
 from serve_app.errors import OctavoError
 from serve_app.ingress.body import decode
 from serve_app.ingress.client import EngineUnavailableError
 from serve_app.ingress.door import (
+    LEAST_REPETITION_PENALTY,
     MAX_SEED,
+    MAX_TOP_LOGPROBS,
     Door,
     Job,
     Prompt,
@@ -27,7 +29,14 @@ from serve_app.ingress.door import (
     short,
     temperature,
 )
-from serve_app.ingress.faults import BadInputError, BodyTooLargeError, TakenOverError
+from serve_app.ingress.faults import (
+    AbortedError,
+    BadInputError,
+    BodyTooLargeError,
+    RefusedError,
+    TakenOverError,
+    TimedOutError,
+)
 from serve_app.ingress.output import Finish, Output, Piece
 from serve_app.ingress.sse import Progress, Ticket, sse_event
 
@@ -57,12 +66,12 @@ class SglangSampling(msgspec.Struct, forbid_unknown_fields=True):
     repetition_penalty: float | None = None
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    json_schema: Any = None
-    regex: Any = None
-    ebnf: Any = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     structural_tag: Any = None
     stop_regex: Any = None
-    logit_bias: Any = None
+    logit_bias: dict[str, float] | None = None
     custom_params: Any = None
 
 
@@ -92,7 +101,6 @@ class SglangFields(msgspec.Struct, forbid_unknown_fields=True):
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprob_start_len": (-1,),
-    "top_logprobs_num": (0,),
     "token_ids_logprob": (),
     "return_text_in_logprobs": (False,),
     "return_hidden_states": (False,),
@@ -105,17 +113,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "custom_logit_processor": (),
 }
 _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0.0,),
-    "presence_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
     "spaces_between_special_tokens": (True,),
     "no_stop_trim": (False,),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "structural_tag": (),
     "stop_regex": (),
-    "logit_bias": ({},),
     "custom_params": ({},),
 }
 
@@ -129,15 +130,23 @@ def parse(body: bytes, door: Door, ticket: Ticket) -> "SglangCall":
     samplings = _samplings(fields.sampling_params, len(raw_prompts))
     counts = [_num_copies(sampling, path) for sampling, path in samplings]
     door.check_count(sum(counts), "sampling_params.n")
+    num_top = _num_top(fields)
     names = _given_rids(fields.rid, door.limits.max_rid_chars) or door.name(ticket)
     rids = _rids(names, counts)
     jobs: list[Job] = []
     for i, raw in enumerate(raw_prompts):
         prompt = _prompt(door, raw, f"{name}[{i}]" if is_list else name)
-        jobs += _jobs(door, prompt, samplings[i], rids[i], logprobs=bool(fields.return_logprob))
+        jobs += _jobs(door, prompt, samplings[i], rids[i], logprobs=bool(fields.return_logprob), num_top=num_top)
     name = names if isinstance(names, str) else names[0]
     progress = ticket.progress(len(jobs))
     return SglangCall(name, jobs, bool(fields.stream), progress, is_single=not is_list and len(jobs) == 1)
+
+
+def _num_top(fields: SglangFields) -> int:
+    """Without `return_logprob` the number says nothing."""
+    num = fields.top_logprobs_num or 0
+    in_range(num, 0, MAX_TOP_LOGPROBS, "top_logprobs_num")
+    return num if fields.return_logprob else 0
 
 
 def _raw_prompts(fields: SglangFields) -> tuple[str, list[Any], bool]:
@@ -202,11 +211,12 @@ def _prompt(door: Door, raw: Any, name: str) -> Prompt:
 
 
 def _jobs(
-    door: Door, prompt: Prompt, given: tuple[SglangSampling, str], rids: list[str], *, logprobs: bool
+    door: Door, prompt: Prompt, given: tuple[SglangSampling, str], rids: list[str], *, logprobs: bool, num_top: int
 ) -> list[Job]:
     """One job per copy. Copies differ in their seed only."""
     fields, path = given
-    sampling = _sampling(door, prompt, fields, path, logprobs=logprobs)
+    sampling = _sampling(door, prompt, fields, path)
+    sampling = msgspec.structs.replace(sampling, logprobs=logprobs, top_logprobs=num_top)
     stops = door.stops(fields.stop, f"{path}stop")
     skip_special = fields.skip_special_tokens is not False
     first_seed = seed(fields.sampling_seed, rids[0], f"{path}sampling_seed")
@@ -222,7 +232,7 @@ def _jobs(
     ]
 
 
-def _sampling(door: Door, prompt: Prompt, fields: SglangSampling, path: str, *, logprobs: bool) -> SamplingParams:
+def _sampling(door: Door, prompt: Prompt, fields: SglangSampling, path: str) -> SamplingParams:
     refuse_unsupported(fields, _NEUTRAL_SAMPLING, path)
     max_new = door.budget_tokens(prompt, fields.max_new_tokens, DEFAULT_NEW_TOKENS, f"{path}max_new_tokens")
     min_new = fields.min_new_tokens or 0
@@ -242,8 +252,34 @@ def _sampling(door: Door, prompt: Prompt, fields: SglangSampling, path: str, *, 
         min_p=min_p,
         stop_token_ids=door.stop_token_ids(fields.stop_token_ids or (), f"{path}stop_token_ids"),
         ignore_eos=bool(fields.ignore_eos),
-        logprobs=logprobs,
+        frequency_penalty=_penalty(fields.frequency_penalty, f"{path}frequency_penalty"),
+        presence_penalty=_penalty(fields.presence_penalty, f"{path}presence_penalty"),
+        repetition_penalty=_repetition_penalty(fields.repetition_penalty, f"{path}repetition_penalty"),
+        logit_bias=door.logit_bias(fields.logit_bias or {}, f"{path}logit_bias"),
+        grammar=_grammar(door, fields, path),
     )
+
+
+def _penalty(given: float | None, name: str) -> float:
+    penalty = given or 0.0
+    in_range(penalty, -2.0, 2.0, name)
+    return penalty
+
+
+def _repetition_penalty(given: float | None, name: str) -> float:
+    penalty = 1.0 if given is None else given
+    in_range(penalty, LEAST_REPETITION_PENALTY, 2.0, name)
+    return penalty
+
+
+def _grammar(door: Door, fields: SglangSampling, path: str) -> Grammar | None:
+    given = [path + name for name in ("json_schema", "regex", "ebnf") if getattr(fields, name) is not None]
+    require(len(given) <= 1, " and ".join(given), "only one of them can be kept")
+    if fields.json_schema is not None:
+        return door.grammar("json_schema", fields.json_schema, f"{path}json_schema")
+    if fields.regex is not None:
+        return door.grammar("regex", fields.regex, f"{path}regex")
+    return None if fields.ebnf is None else door.gbnf(fields.ebnf, f"{path}ebnf")
 
 
 class _MetaInfo(msgspec.Struct, omit_defaults=True):
@@ -253,6 +289,7 @@ class _MetaInfo(msgspec.Struct, omit_defaults=True):
     completion_tokens: int
     cached_tokens: int
     output_token_logprobs: list[tuple[float | None, int, None]] | msgspec.UnsetType = msgspec.UNSET
+    output_top_logprobs: list[list[tuple[float, int, None]]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Answer(msgspec.Struct, omit_defaults=True):
@@ -299,6 +336,8 @@ class SglangCall:
         )
         if job.request.sampling.logprobs:
             meta.output_token_logprobs = [(piece.logprob, piece.token, None) for piece in output.pieces]
+        if job.request.sampling.top_logprobs:
+            meta.output_top_logprobs = [[(value, token, None) for token, value in piece.top] for piece in output.pieces]
         return _Answer(output.text, output.tokens, meta)
 
 
@@ -323,13 +362,16 @@ def fault(error: OctavoError) -> tuple[int, bytes]:
 
 
 def _fault_kind(error: OctavoError) -> tuple[int, str]:
-    match error:
-        case BodyTooLargeError():
-            return 413, "PayloadTooLarge"
-        case BadInputError():
-            return 400, "BadRequest"
-        case EngineUnavailableError():
-            return 503, "ServiceUnavailable"
-        case TakenOverError():
-            return 409, "Conflict"
-    return 500, "InternalServerError"
+    if isinstance(error, RefusedError):
+        return error.status, "TooManyRequests" if error.status == 429 else "ServiceUnavailable"
+    return next((fault for kind, fault in _FAULTS if isinstance(error, kind)), (500, "InternalServerError"))
+
+
+_FAULTS: list[tuple[type[OctavoError], tuple[int, str]]] = [
+    (BodyTooLargeError, (413, "PayloadTooLarge")),
+    (BadInputError, (400, "BadRequest")),
+    (EngineUnavailableError, (503, "ServiceUnavailable")),
+    (TakenOverError, (409, "Conflict")),
+    (AbortedError, (409, "Conflict")),
+    (TimedOutError, (504, "Timeout")),
+]

@@ -64,6 +64,15 @@ class Progress:
         self._had = tuple(counts)
         self._counts = list(counts)
 
+    @property
+    def has_some(self) -> bool:
+        """Whether the client had tokens of this answer before: it was let in then."""
+        return any(self._had)
+
+    def had(self, index: int) -> int:
+        """Tokens of sequence `index` that the client had before."""
+        return self._had[index]
+
     def is_news(self, index: int, num_tokens: int, *, is_end: bool = False) -> bool:
         """Whether an event that brings sequence `index` to so many tokens is yet to be sent.
 

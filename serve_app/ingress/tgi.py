@@ -8,16 +8,17 @@ left out, add up to `generated_text`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from serve_app.engine.request import SamplingParams
+from serve_app.engine.request import Grammar, SamplingParams
 from serve_app.errors import OctavoError
 from serve_app.ingress.body import decode
 from serve_app.ingress.client import EngineUnavailableError
 from serve_app.ingress.door import (
     GREEDY_BELOW,
+    LEAST_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     Door,
     Job,
@@ -29,7 +30,7 @@ from serve_app.ingress.door import (
     seed,
     short,
 )
-from serve_app.ingress.faults import BadInputError, BodyTooLargeError, GenerationError
+from serve_app.ingress.faults import BadInputError, BodyTooLargeError, GenerationError, RefusedError, TimedOutError
 from serve_app.ingress.output import Finish, Output, Piece
 from serve_app.ingress.sse import Progress, Ticket, sse_event
 from serve_app.model.tokenizer import Tokenizer
@@ -37,6 +38,15 @@ from serve_app.model.tokenizer import Tokenizer
 PROMPT_FIELDS = frozenset({"inputs"})
 DEFAULT_NEW_TOKENS = 100
 MAX_STOPS = 4
+MAX_TOP_TOKENS = 5
+MAX_REPETITION_PENALTY = 100.0
+
+
+class TgiGrammar(msgspec.Struct, forbid_unknown_fields=True):
+    """`value`: a JSON schema, whole or as text; or the text of a regular expression."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: str | dict[str, Any]
 
 
 class TgiParameters(msgspec.Struct, forbid_unknown_fields=True):
@@ -59,7 +69,7 @@ class TgiParameters(msgspec.Struct, forbid_unknown_fields=True):
     decoder_input_details: bool | None = None
     best_of: int | None = None
     top_n_tokens: int | None = None
-    grammar: Any = None
+    grammar: TgiGrammar | None = None
     adapter_id: Any = None
 
 
@@ -71,13 +81,9 @@ class TgiFields(msgspec.Struct, forbid_unknown_fields=True):
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
-    "repetition_penalty": (1.0,),
-    "frequency_penalty": (0.0,),
     "watermark": (False,),
     "decoder_input_details": (False,),
     "best_of": (1,),
-    "top_n_tokens": (0,),
-    "grammar": (),
     "adapter_id": (),
 }
 
@@ -114,6 +120,12 @@ def _sampling(door: Door, prompt: Prompt, fields: TgiParameters, rid: str, *, lo
     top_k = fields.top_k
     require(top_k is None or top_k > 0, "parameters.top_k", f"must be positive, not {short(top_k or 0)}")
     max_new = door.budget_tokens(prompt, fields.max_new_tokens, DEFAULT_NEW_TOKENS, "parameters.max_new_tokens")
+    frequency_penalty = fields.frequency_penalty or 0.0
+    in_range(frequency_penalty, -2.0, 2.0, "parameters.frequency_penalty")
+    repetition = 1.0 if fields.repetition_penalty is None else fields.repetition_penalty
+    in_range(repetition, LEAST_REPETITION_PENALTY, MAX_REPETITION_PENALTY, "parameters.repetition_penalty")
+    num_top = fields.top_n_tokens or 0
+    in_range(num_top, 0, MAX_TOP_TOKENS, "parameters.top_n_tokens")
     is_sampled = _is_sampled(fields) and heat >= GREEDY_BELOW
     return SamplingParams(
         max_new_tokens=max_new,
@@ -122,7 +134,23 @@ def _sampling(door: Door, prompt: Prompt, fields: TgiParameters, rid: str, *, lo
         top_p=top_p,
         seed=seed(fields.seed, rid, "parameters.seed"),
         logprobs=logprobs,
+        top_logprobs=num_top if logprobs else 0,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition,
+        grammar=_grammar(door, fields.grammar),
     )
+
+
+def _grammar(door: Door, given: TgiGrammar | None) -> Grammar | None:
+    if given is None:
+        return None
+    name = "parameters.grammar.value"
+    if given.type == "regex":
+        if not isinstance(given.value, str):
+            raise BadInputError(name, "a regular expression must be a string")
+        return door.grammar("regex", given.value, name)
+    text = given.value if isinstance(given.value, str) else msgspec.json.encode(given.value).decode()
+    return door.grammar("json_schema", text, name)
 
 
 def _is_sampled(fields: TgiParameters) -> bool:
@@ -144,6 +172,7 @@ class _Details(msgspec.Struct):
     seed: int | None  # null where nothing was sampled
     prefill: list[_Token]
     tokens: list[_Token]
+    top_tokens: list[list[_Token]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _StreamDetails(msgspec.Struct):
@@ -163,6 +192,7 @@ class _Event(msgspec.Struct):
     token: _Token
     generated_text: str | None = None
     details: _StreamDetails | None = None
+    top_tokens: list[_Token] | msgspec.UnsetType = msgspec.UNSET
 
 
 _NO_TOKEN = Piece(0, None, "", special=True)  # for an end that came without one: the last event must have a token
@@ -190,18 +220,38 @@ class TgiCall:
         if self.details:
             tokens = [self._token(piece) for piece in output.pieces]
             answer.details = _Details(finish_reason, len(tokens), self._seed(), [], tokens)
+            if self._has_tops:
+                answer.details.top_tokens = [self._top(piece) for piece in output.pieces]
         return _encode(answer)
 
     def events(self, index: int, output: Output, pieces: list[Piece]) -> bytes:
         num_tokens = len(output.pieces)
         numbered = enumerate(pieces, num_tokens - len(pieces) + 1)
-        events = [_Event(n, self._token(piece)) for n, piece in numbered if self.progress.is_news(index, n)]
+        events = [self._event(n, piece) for n, piece in numbered if self.progress.is_news(index, n)]
         if output.finish is not None and not events and self.progress.is_news(index, num_tokens, is_end=True):
             events = [_Event(num_tokens, self._token(_NO_TOKEN))]
         if output.finish is not None and events:
             events[-1].generated_text = self.prefix + output.text
             events[-1].details = self._stream_details(index, output)
         return b"".join(sse_event(_encode(event), self.progress.advance(index, event.index)) for event in events)
+
+    @property
+    def _has_tops(self) -> bool:
+        return self.jobs[0].request.sampling.top_logprobs > 0
+
+    def _event(self, number: int, piece: Piece) -> _Event:
+        event = _Event(number, self._token(piece))
+        if self._has_tops:
+            event.top_tokens = self._top(piece)
+        return event
+
+    def _top(self, piece: Piece) -> list[_Token]:
+        """Each by itself: what it would have become amid the text nobody has decided."""
+        decode, special_ids = self.tokenizer.decode, self.tokenizer.special_ids
+        return [
+            _Token(token, decode([token], skip_special_tokens=False), logprob, token in special_ids)
+            for token, logprob in piece.top
+        ]
 
     def _stream_details(self, index: int, output: Output) -> _StreamDetails:
         num_prompt = len(self.jobs[index].request.prompt)
@@ -240,6 +290,10 @@ def fault(error: OctavoError) -> tuple[int, bytes]:
             status, kind, message = 422, "validation", f"Input validation error: {error}"
         case EngineUnavailableError():
             status, kind, message = 503, "unavailable", str(error)
+        case RefusedError():
+            status, kind, message = error.status, "overloaded", str(error)
+        case TimedOutError():
+            status, kind, message = 504, "timeout", str(error)
         case _:
             status, kind, message = 424, "generation", f"Request failed during generation: {error}"
     body: dict[str, Any] = {"error": message, "error_type": kind}

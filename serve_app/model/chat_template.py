@@ -18,6 +18,7 @@ class ChatTemplate:
     """A compiled template. `variables` are what it sees besides the messages: the names of the special tokens."""
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        self.source = source
         self._variables = dict(variables)
         try:
             self._template = _environment().from_string(source)

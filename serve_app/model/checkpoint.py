@@ -10,7 +10,8 @@ import torch
 from serve_app.model.files import Stored, locate_tensors
 from serve_app.model.spec import ModelSpec
 
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TOKENIZER = "tokenizer.json"  # a name beside those of the tensors: the file's bytes
+_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 
 class Checkpoint:
@@ -30,7 +31,11 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Check the folder and open it. Raises CheckpointError as `check_folder` does."""
-        return cls(*locate_tensors(folder))
+        spec, located = locate_tensors(folder)
+        tokenizer = folder / TOKENIZER
+        if tokenizer.is_file():
+            located[TOKENIZER] = Stored(tokenizer, TOKENIZER, "U8", (tokenizer.stat().st_size,), 0)
+        return cls(spec, located)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a canonical name (see `files.expected_tensors`), in the dtype in which it is stored.

@@ -3,30 +3,45 @@
 A row's uniform number is a hash of (seed, position), turned into a token by the inverse of the row's cumulative
 distribution. No row's result depends on another's.
 
-Filters apply in this order, each renormalising what the one before left: temperature, top-k, top-p, min-p. Between
-equal logits the lower token id is the likelier.
+Grammars, biases and penalties come first (see `shaping`). Filters apply in this order, each renormalising what the one
+before left: temperature, top-k, top-p, min-p. Between equal logits the lower token id is the likelier.
 
 Shapes: S sampled rows, R rows of a subset, V vocabulary, C candidates, L blocks of the vocabulary.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve_app.engine.plan import Sample
+from serve_app.model.grammar import Grammars
+from serve_app.model.shaping import shape_logits
 
+Top = list[tuple[int, float]]  # (token, log-probability), likeliest first
+
+_NO_GRAMMARS = Grammars.without_tokenizer()
 _BLOCK_TOKENS = 128  # of the two-level searches through the vocabulary
 _CANDIDATES = (256, 2048)  # how many of the likeliest tokens to look at before sorting all of them
 _MASK64 = (1 << 64) - 1
 _GOLDEN64 = 0x9E3779B97F4A7C15
 
 
+class Chosen(NamedTuple):
+    """One of each per row. Log-probabilities are those of the model: at temperature 1, before anything is changed."""
+
+    tokens: list[int]
+    logprobs: list[float]  # of the tokens; 0.0 where not asked for
+    tops: list[Top]  # the likeliest tokens, empty where not asked for; no rows where nobody asks
+
+
 @torch.inference_mode()
-def sample(logits_SV: Tensor, samples: list[Sample]) -> tuple[list[int], list[float]]:
-    """One token per row, and its log-probability at temperature 1 before any filter (0.0 where not asked for)."""
-    allowed_SV = _without_banned(logits_SV, samples).float()
+def sample(logits_SV: Tensor, samples: list[Sample], grammars: Grammars | None = None) -> Chosen:
+    """Choose a token for each row. Without `grammars` the answer of a row that has one ends at once."""
+    shaped_SV = shape_logits(logits_SV, samples, grammars or _NO_GRAMMARS)
+    allowed_SV = _without_banned(shaped_SV, samples).float()
     tokens = [0] * len(samples)
     greedy = [row for row, how in enumerate(samples) if how.temperature == 0]
     plain = [row for row, how in enumerate(samples) if how.temperature > 0 and not _is_filtered(how)]
@@ -39,7 +54,7 @@ def sample(logits_SV: Tensor, samples: list[Sample]) -> tuple[list[int], list[fl
     if filtered:
         hows = [samples[row] for row in filtered]
         _put(tokens, filtered, _draw_filtered(_heated(_rows(allowed_SV, filtered), hows), hows))
-    return tokens, _logprobs(logits_SV, samples, tokens)
+    return Chosen(tokens, *_log_probabilities(logits_SV, samples, tokens))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -68,13 +83,17 @@ def _put(tokens: list[int], rows: list[int], chosen_R: Tensor) -> None:
 
 
 def _without_banned(logits_SV: Tensor, samples: list[Sample]) -> Tensor:
-    banned = [(row, token) for row, how in enumerate(samples) for token in how.banned]
+    banned = [(row, token) for row, how in enumerate(samples) if not _has_grammar(how) for token in how.banned]
     if not banned:
         return logits_SV
     rows, tokens = zip(*banned, strict=True)
     allowed_SV = logits_SV.clone()
     allowed_SV[list(rows), list(tokens)] = float("-inf")
     return allowed_SV
+
+
+def _has_grammar(how: Sample) -> bool:
+    return how.shaping is not None and how.shaping.grammar is not None
 
 
 def _heated(x_RV: Tensor, hows: list[Sample]) -> Tensor:
@@ -179,12 +198,30 @@ def _pick(logits_RC: Tensor, ids_RC: Tensor, total_R1: Tensor, hows: list[Sample
     return ids_RC.gather(1, index_R1).squeeze(1), is_enough_R1.squeeze(1)
 
 
-def _logprobs(logits_SV: Tensor, samples: list[Sample], tokens: list[int]) -> list[float]:
+def _log_probabilities(logits_SV: Tensor, samples: list[Sample], tokens: list[int]) -> tuple[list[float], list[Top]]:
     logprobs = [0.0] * len(samples)
-    rows = [row for row, how in enumerate(samples) if how.logprob]
+    most = max((how.top_logprobs for how in samples), default=0)
+    tops: list[Top] = [[] for _ in samples] if most else []
+    rows = [row for row, how in enumerate(samples) if how.logprob or how.top_logprobs]
     if rows:
         chosen_R1 = torch.tensor([tokens[row] for row in rows], device=logits_SV.device).unsqueeze(1)
         log_probs_RV = logits_SV[rows].float().log_softmax(-1)
         for row, value in zip(rows, log_probs_RV.gather(1, chosen_R1).squeeze(1).tolist(), strict=True):
-            logprobs[row] = value
-    return logprobs
+            logprobs[row] = value if samples[row].logprob else 0.0
+    if most:
+        for row, top in zip(rows, _tops(log_probs_RV, most), strict=True):
+            tops[row] = top[: samples[row].top_logprobs]
+    return logprobs, tops
+
+
+def _tops(log_probs_RV: Tensor, most: int) -> list[Top]:
+    """The `most` likeliest of each row; among equals the lower ids, which `topk` alone does not promise."""
+    num = min(most, log_probs_RV.shape[1])
+    least_R1 = log_probs_RV.topk(num).values[:, -1:]
+    is_above_RV, is_equal_RV = log_probs_RV > least_R1, log_probs_RV == least_R1
+    num_left_R1 = num - is_above_RV.sum(-1, keepdim=True)
+    is_kept_RV = is_above_RV | (is_equal_RV & (is_equal_RV.cumsum(-1) <= num_left_R1))
+    ids_RC = is_kept_RV.nonzero()[:, 1].view(-1, num)
+    values_RC, order_RC = log_probs_RV.gather(1, ids_RC).sort(dim=-1, descending=True, stable=True)
+    rows = zip(ids_RC.gather(1, order_RC).tolist(), values_RC.tolist(), strict=True)
+    return [list(zip(ids, values, strict=True)) for ids, values in rows]

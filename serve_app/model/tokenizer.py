@@ -9,6 +9,7 @@ import tokenizers
 
 from serve_app.errors import CheckpointError
 from serve_app.model.chat_template import ChatTemplate
+from serve_app.model.grammar_check import GrammarChecker
 from serve_app.model.spec import read_json
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -52,12 +53,22 @@ class Tokenizer:
         """The ids of control tokens, which `decode` leaves out on request."""
         return frozenset(token for token, added in self._backend.get_added_tokens_decoder().items() if added.special)
 
-    def encode(self, text: str) -> list[int]:
+    @cached_property
+    def grammars(self) -> GrammarChecker:
+        """What tries out the grammars that clients send, for this tokenizer."""
+        return GrammarChecker(self._backend.to_str)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer's post-processor adds around it.
 
         Raises ValueError where the text has lone surrogates, which are no Unicode text.
         """
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=add_special_tokens)
+
+    @property
+    def chat_template_source(self) -> str:
+        """As it was read; empty where the model has none. What it mentions tells which roles and tools it knows."""
+        return "" if self._chat_template is None else self._chat_template.source
 
     def render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The prompt text of chat messages: see `ChatTemplate.render`. ValueError where the model has no template."""
@@ -72,6 +83,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Bytes that are no UTF-8 become U+FFFD; ids that the tokenizer lacks become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_name(self, token: int) -> str | None:
+        """How the vocabulary itself writes a token: not its text. None for an id that the tokenizer lacks."""
+        return self._backend.id_to_token(token)
 
     def has_text(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` looks at this id at all: known, and not a special token that it leaves out."""

@@ -14,11 +14,12 @@ from contextlib import suppress
 
 import msgspec
 
-from serve_app.engine.plan import Cancel, Submit
-from serve_app.engine.request import Emission, Request
+from serve_app.engine.plan import Abort, Cancel, Submit
+from serve_app.engine.request import Emission, Refusal, Request
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.names import ENGINE
-from serve_app.runtime.wire import Attach, From, Moved, Status, Tokens
+from serve_app.runtime.tallies import IngressBook
+from serve_app.runtime.wire import Aborted, Attach, From, Moved, Refused, Status, Tally, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ QUIET_S = 10.0  # a request of which nothing came for this long is asked for aga
 HELD_LIMIT = 10_000  # requests held while there is no engine (see mesh.SEND_LIMIT); more are refused
 
 _Item = Emission | Exception  # what a request's reader gets
+_FromEngine = Tokens | Status | Moved | Refused | Aborted | Tally
 
 
 class ConnectionLostError(Exception):
@@ -41,6 +43,18 @@ class ConnectionLostError(Exception):
 
 class TakenOverError(Exception):
     """The same request was submitted again: its tokens go to whoever did that."""
+
+
+class NotLetInError(Exception):
+    """The engine does not take the request now."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.refusal = refusal
+
+
+class EndedByNameError(Exception):
+    """Somebody aborted the request."""
 
 
 class EngineClient:
@@ -57,6 +71,7 @@ class EngineClient:
         self._endpoint = endpoint
         self._name = name
         self._attach = Attach(name, mesh.address, pid, node)
+        self.book = IngressBook(name, lambda tally: mesh.send(ENGINE, tally))
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, _Stream] = {}  # in order of arrival
         self._status: Status | None = None
@@ -77,15 +92,16 @@ class EngineClient:
         """Emissions of a request until it finishes, each token once and in order. Closing this early cancels it.
 
         While there is no engine the request is held. Raises ConnectionLostError when there has been none for
-        GIVE_UP_S, TakenOverError when a request of the same rid is submitted here: that one gets all that comes then.
+        GIVE_UP_S, TakenOverError when a request of the same rid is submitted here: that one gets all that comes then;
+        NotLetInError, EndedByNameError. What came while the reader was busy comes in one piece.
         """
         self._check_room()
         stream = self._open(request)
         try:
-            if not self._why and not self._send(Submit(request)):
+            if not self._why and not self._send(Submit(stream.as_it_stands(self._loop.time()))):
                 raise ConnectionLostError("the engine takes no more requests")
             while True:
-                item = await stream.items.get()
+                item = await stream.next()
                 if isinstance(item, Exception):
                     raise item
                 yield item
@@ -93,6 +109,10 @@ class EngineClient:
                     return
         finally:
             self._leave(stream)
+
+    def abort(self, name: str, tenant: str | None) -> None:
+        """End all requests that clients call `name` ("": all there are), of one tenant or of whomever (None)."""
+        self._send(Abort(name, tenant))
 
     @property
     def epoch(self) -> int:
@@ -139,6 +159,12 @@ class EngineClient:
         if older is not None:
             older.items.put_nowait(TakenOverError("taken over by a newer connection"))
 
+    def _end(self, rid: str, why: Exception) -> None:
+        stream = self._streams.get(rid)
+        if stream is not None and not stream.is_finished:
+            stream.is_finished = True
+            stream.items.put_nowait(why)
+
     def _leave(self, stream: "_Stream") -> None:
         """The reader has gone. What an engine that is away had of the request died with it."""
         rid = stream.request.rid
@@ -148,26 +174,35 @@ class EngineClient:
         if not stream.is_finished and not self._why:
             self._send(Cancel(rid))
 
-    def _send(self, event: Submit | Cancel) -> bool:
+    def _send(self, event: Submit | Cancel | Abort) -> bool:
         return self._mesh.send(ENGINE, From(self._name, event))
 
     def _ask_again(self, stream: "_Stream") -> None:
         """Submit what is known already: the engine sends all that comes behind it."""
         stream.is_asked, stream.news_s = True, self._loop.time()
-        self._send(Submit(stream.as_it_stands()))
+        self._send(Submit(stream.as_it_stands(self._loop.time())))
 
     # -- what comes -------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         while not self._closed.is_set():
             received = self._mesh.receive(BEAT_S)
-            if received is not None and isinstance(received.message, Tokens | Status | Moved):
+            if received is not None and isinstance(received.message, _FromEngine):
                 self._loop.call_soon_threadsafe(self._deliver, received.message)
 
-    def _deliver(self, message: Tokens | Status | Moved) -> None:
+    def _deliver(self, message: _FromEngine) -> None:
         self._heard_s = self._loop.time()
+        if isinstance(message, Tally):
+            self.book.on(message)
+            return
         if isinstance(message, Moved):
             self._hand_over(message.rid)
+            return
+        if isinstance(message, Refused):
+            self._end(message.refusal.rid, NotLetInError(message.refusal))
+            return
+        if isinstance(message, Aborted):
+            self._end(message.rid, EndedByNameError("the request was aborted by its name"))
             return
         if isinstance(message, Status):
             self._status, self._status_s = message, self._heard_s
@@ -208,6 +243,7 @@ class EngineClient:
         _, away_s = self.absence()
         self._why = ""
         self._is_lost.clear()
+        self.book.greet()
         streams = [stream for stream in self._streams.values() if not stream.is_finished]
         log.info("the engine is at %s after %.1f s: %d requests go on", self._address, away_s, len(streams))
         for stream in streams:
@@ -245,6 +281,7 @@ class EngineClient:
         while not self._why:
             now = self._loop.time()
             self._mesh.send(ENGINE, self._attach)
+            self.book.beat()
             for stream in self._streams.values():
                 if now - stream.news_s > QUIET_S and not stream.is_finished:
                     self._ask_again(stream)
@@ -265,6 +302,7 @@ class EngineClient:
         if not self._why:
             self._why, self._lost_s = why, self._loop.time()
             self._is_lost.set()
+            self.book.lose()
             log.warning("%s: %d requests are held until it is found", why, len(self._streams))
 
     def _give_up(self, why: str) -> None:
@@ -281,11 +319,30 @@ class _Stream:
         self.is_asked = False  # again, and what was asked for has not come yet
         self.is_finished = False
         self.news_s = now  # when something last came, or was asked for
+        self._came_s = now
+        self._was_sent = False
         self._tokens = [*request.emitted]
 
-    def as_it_stands(self) -> Request:
-        """What has to be known to go on with it."""
-        return msgspec.structs.replace(self.request, emitted=self._tokens)
+    def as_it_stands(self, now: float) -> Request:
+        """What has to be known to go on with it. An engine that has it, or had, has let it in."""
+        terms = msgspec.structs.replace(
+            self.request.terms,
+            waited_s=now - self._came_s,
+            is_accepted=self._was_sent or self.request.terms.is_accepted,
+        )
+        self._was_sent = True
+        return msgspec.structs.replace(self.request, emitted=self._tokens, terms=terms)
+
+    async def next(self) -> _Item:
+        """The next item, with all the emissions that wait behind it in one."""
+        item = await self.items.get()
+        while isinstance(item, Emission) and item.finish is None and not self.items.empty():
+            more = self.items.get_nowait()
+            if isinstance(more, Exception):
+                self.items.put_nowait(more)  # nothing comes behind it
+                break
+            item = joined(item, more)
+        return item
 
     def take(self, emission: Emission, now: float) -> bool:
         """Pass on what is new. False: tokens before it are missing, or the engine means a request of the past."""
@@ -295,14 +352,25 @@ class _Stream:
         if num_known < 0 or emission.finish == "abort":  # nobody here has cancelled a request that is still waited for
             return False
         self.is_asked, self.news_s = False, now
-        tokens, logprobs = emission.tokens[num_known:], emission.logprobs[num_known:]
+        tokens, logprobs, tops = emission.tokens[num_known:], emission.logprobs[num_known:], emission.tops[num_known:]
         if tokens or emission.finish is not None:
             self.items.put_nowait(
-                msgspec.structs.replace(emission, first=len(self._tokens), tokens=tokens, logprobs=logprobs)
+                msgspec.structs.replace(emission, first=len(self._tokens), tokens=tokens, logprobs=logprobs, tops=tops)
             )
         self._tokens += tokens
         self.is_finished = emission.finish is not None
         return True
+
+
+def joined(early: Emission, late: Emission) -> Emission:
+    """Two emissions of a request, one behind the other, as one."""
+    return msgspec.structs.replace(
+        early,
+        tokens=early.tokens + late.tokens,
+        logprobs=early.logprobs + late.logprobs,
+        tops=early.tops + late.tops,
+        finish=late.finish,
+    )
 
 
 def _gave_up(why: str, away_s: float) -> str:

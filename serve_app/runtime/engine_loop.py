@@ -31,14 +31,32 @@ from serve_app.engine.members import (
     Tick,
 )
 from serve_app.engine.membership import Membership
-from serve_app.engine.plan import Cancel, Emit, Run, StepDone, Submit
-from serve_app.engine.request import Emission
+from serve_app.engine.plan import Abort, Arrivals, Cancel, Emit, Refuse, Run, StepDone, Submit
+from serve_app.engine.request import Emission, Refusal, Request
 from serve_app.model.spec import ModelSpec
+from serve_app.runtime.calibration import Calibration
 from serve_app.runtime.mesh import Mesh
 from serve_app.runtime.names import ENGINE, ROUTER
+from serve_app.runtime.operate import Operator
+from serve_app.runtime.operations import Act, Drain, Say, Strike
 from serve_app.runtime.settings import engine_config, layout_of, membership_config, slots_of
 from serve_app.runtime.snapshot import EventView, ProcessView
-from serve_app.runtime.wire import Attach, From, Message, Moved, Phase, Ping, Record, Status, Tokens
+from serve_app.runtime.tallies import EngineTallies
+from serve_app.runtime.wire import (
+    Aborted,
+    Attach,
+    From,
+    Message,
+    Moved,
+    Phase,
+    Ping,
+    Record,
+    Refused,
+    Status,
+    Tally,
+    Tokens,
+)
+from serve_app.telemetry.names import engine_row
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +81,19 @@ def cell_core(config: OctavoConfig, spec: ModelSpec) -> CellCore:
 class EngineLoop:
     """Runs until a `Stop` arrives. All state is touched by the thread in `run` only, but for what says otherwise."""
 
-    def __init__(self, cell: CellCore, mesh: Mesh, order: Callable[[Order], None], resume_s: float = 30.0) -> None:
-        """`order`: tells the keeper what to do; must not wait. `resume_s`: how long streams are kept without reader."""
+    def __init__(
+        self,
+        cell: CellCore,
+        mesh: Mesh,
+        order: Callable[[Order], None],
+        resume_s: float = 30.0,
+        calibration: Calibration | None = None,
+    ) -> None:
+        """`order`: tells the keeper what to do; must not wait. `resume_s`: how long streams are kept without reader.
+
+        `calibration`: learns the cell's pace before it is ready.
+        """
+        self._calibration = calibration
         self._cell = cell
         self._mesh = mesh
         mesh.connect(ENGINE, mesh.address)  # what is seen in other threads is told to this one
@@ -74,13 +103,18 @@ class EngineLoop:
         self._orphans: dict[str, float] = {}  # rid -> until when it waits for another ingress replica
         self._ingresses: dict[str, Attach] = {}
         self._heard_s: dict[str, float] = {}  # ingress replica -> when it was last heard
+        self._arrivals: list[Request] = []
+        self._is_aborting = False
         self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
+        self._tallies = EngineTallies(mesh.send, lambda: engine_row(cell.core.stats(), cell.members.stats()))
         self._router = ""  # its address
         self._obstacle = ""  # what the keeper waits for
         self._told: tuple[bool, str] = (False, "")
         self._told_s = self._ticked_s = 0.0
         self._stopped = False
         self.history: deque[EventView] = deque(maxlen=MAX_EVENTS)  # other threads read it
+        self.operator = Operator()  # other threads order by it
+        self.draining = False  # new requests are refused
 
     def run(self) -> None:
         while not self._stopped:
@@ -119,11 +153,13 @@ class EngineLoop:
         received = self._mesh.receive(TICK_S)
         for _ in range(DRAIN_LIMIT):
             if received is None:
-                return
+                break
             self._handle(received.message)
             received = self._mesh.receive(0)
-        if received is not None:
-            self._handle(received.message)
+        else:
+            if received is not None:
+                self._handle(received.message)
+        self._let_in()
 
     def _flush(self) -> None:
         for name, emissions in self._outbox.items():
@@ -131,6 +167,8 @@ class EngineLoop:
         self._outbox.clear()
 
     def _handle(self, message: Message) -> None:
+        if not isinstance(message, From):
+            self._let_in()
         match message:
             case StepDone():
                 self._obey(self._cell.on(message, time.monotonic()))
@@ -140,6 +178,8 @@ class EngineLoop:
                 self._enter(name, event)
             case Attach():
                 self._attach(message)
+            case Tally():
+                self._tallies.on(message)
             case Phase(reason):
                 self._obstacle = reason
                 self._tell()
@@ -190,6 +230,8 @@ class EngineLoop:
                         self._mesh.send(name, plan)
                 case Emit(emission):
                     self._emit(emission)
+                case Refuse(refusal):
+                    self._refuse(refusal)
                 case Tell(name, address, message):
                     self._mesh.connect(name, address)
                     self._mesh.send(name, message)
@@ -205,24 +247,48 @@ class EngineLoop:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def _enter(self, name: str, event: Submit | Cancel) -> None:
+    def _enter(self, name: str, event: Submit | Cancel | Abort) -> None:
         """A request belongs to the ingress replica that asked for it last; a cancellation counts from there only."""
+        if isinstance(event, Abort):
+            self._let_in()
+            self._is_aborting = True
+            self._on(event)
+            self._is_aborting = False
+            return
         if isinstance(event, Submit):
             before = self._owners.get(event.request.rid, name)
             if before != name:
                 self._mesh.send(before, Moved(event.request.rid))
             self._owners[event.request.rid] = name
             self._orphans.pop(event.request.rid, None)
-        elif self._owners.get(event.rid) != name:
+            self._arrivals.append(event.request)
             return
-        self._on(event)
+        if self._owners.get(event.rid) == name:
+            self._let_in()
+            self._on(event)
+
+    def _let_in(self) -> None:
+        """All that have arrived, before anything else happens: they enter the next step together."""
+        if self._arrivals:
+            arrivals, self._arrivals = self._arrivals, []
+            self._on(Arrivals(arrivals))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        owner = self._owners.pop(refusal.rid, None)
+        self._orphans.pop(refusal.rid, None)
+        if owner:
+            self._mesh.send(owner, Refused(refusal))
 
     def _emit(self, emission: Emission) -> None:
+        if self._calibration is not None and self._calibration.is_running:
+            self._calibration.take(emission)
         owner = self._owners.get(emission.rid)
         if emission.finish:
             self._owners.pop(emission.rid, None)
             self._orphans.pop(emission.rid, None)
-        if owner:
+        if owner and self._is_aborting:
+            self._mesh.send(owner, Aborted(emission.rid))
+        elif owner:
             self._outbox[owner].append(emission)
 
     # -- ingress replicas -----------------------------------------------------------------------------------------
@@ -241,6 +307,9 @@ class EngineLoop:
             return
         self._ticked_s = now
         self._on(Tick())
+        self._calibrate(now)
+        for act in self.operator.look(self._cell, self._router):
+            self._operate(act)
         if now - self._told_s < STATUS_S:
             return
         self._tell()
@@ -252,11 +321,29 @@ class EngineLoop:
             del self._orphans[rid]
             self._on(Cancel(rid))
 
+    def _calibrate(self, now: float) -> None:
+        if self._calibration is None or self._calibration.is_over or not self._cell.members.is_ready:
+            return
+        self._calibration.look(self._on, self._cell.core.num_replicas, now)
+        if self._told != self._word():
+            self._tell()
+
+    def _operate(self, act: Act) -> None:
+        match act:
+            case Drain(on):
+                self.draining = self._cell.core.admission.draining = on
+                self._tell()
+            case Strike(role, name):
+                self._order(Kill(name or ROUTER, f"a drill struck the {role}"))
+            case Say(text):
+                self.note("operation", text, self.epoch)
+
     def _detach(self, name: str, now: float) -> None:
         """Its clients may come back by another one, for a while."""
         log.warning("ingress %s has been silent for %.0f s", name, INGRESS_SILENT_S)
         del self._heard_s[name]
         del self._ingresses[name]
+        self._tallies.leave(name)
         self._mesh.disconnect(name)
         for rid in [rid for rid, owner in self._owners.items() if owner == name]:
             del self._owners[rid]
@@ -268,11 +355,16 @@ class EngineLoop:
         status = self._status()
         for name in self._heard_s:
             self._mesh.send(name, status)
+        self._tallies.tell()
 
     def _word(self) -> tuple[bool, str]:
         """Whether new traffic is welcome, and what is awaited or missing."""
         members = self._cell.members
         reason = members.reason
+        if members.is_ready and self._calibration is not None and not self._calibration.is_over:
+            return False, "calibrating: the cell measures what its steps take"
+        if self.draining:
+            return False, "draining: new requests are refused until the cell is resumed"
         if members.is_ready:
             self._obstacle = "" if not reason else self._obstacle
         return members.is_ready, self._obstacle or reason

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

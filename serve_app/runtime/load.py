@@ -1,16 +1,18 @@
 """From weights to a stage that can run: what a worker and the in-process executor both begin with."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from serve_app.config import OctavoConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import CheckpointError, ConfigError
 from serve_app.experts.layout import cut_heads
 from serve_app.experts.placement import Pair
+from serve_app.model.checkpoint import TOKENIZER
 from serve_app.model.cpu import pick_dtype
+from serve_app.model.grammar import Compiler, Grammars
 from serve_app.model.moe import ExpertHost, Weights
 from serve_app.model.spec import ModelSpec
 from serve_app.model.stage import Stage, kv_bytes_per_page
@@ -27,6 +29,7 @@ class Loaded:
     stage: Stage
     host: ExpertHost
     hosted: set[Pair]
+    grammars: Grammars = field(default_factory=Grammars.without_tokenizer)
     load_s: float = 0.0
 
     def host_experts(self, pairs: list[Pair], pack: bool = False) -> None:
@@ -71,6 +74,8 @@ def load(
     host = ExpertHost(weights.spec, dtype, device)
     loaded = Loaded(weights, load_stage(weights, config, layers, shard, timer), host, set())
     loaded.host_experts(pairs, pack=pack)
+    if loaded.stage.is_last and shard == 0:  # where tokens are chosen
+        loaded.grammars = load_grammars(weights)
     loaded.load_s = time.monotonic() - begun_s
     return loaded
 
@@ -96,6 +101,15 @@ def load_stage(
             shard=shard,
             timer=timer,
         )
+
+
+def load_grammars(weights: Weights) -> Grammars:
+    """What chooses tokens by a grammar. The tokenizer's text is had now, while it is there, and read when needed."""
+    try:
+        text_U8 = weights.tensor(TOKENIZER)
+    except (KeyError, CheckpointError):
+        return Grammars.without_tokenizer()
+    return Grammars(Compiler(lambda: bytes(text_U8.numpy().data).decode(), weights.spec.eos_token_ids))
 
 
 def _device(config: OctavoConfig) -> torch.device:

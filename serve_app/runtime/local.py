@@ -11,11 +11,12 @@ from serve_app.engine.core import EngineConfig, EngineCore, EngineStats
 from serve_app.engine.plan import Begin, Cancel, Emit, Event, Plan, Run, StepDone, Submit
 from serve_app.engine.request import Emission, Request
 from serve_app.model.batch import Batch
+from serve_app.model.grammar import Grammars
 from serve_app.model.moe import Experts, LocalExperts, Weights
 from serve_app.model.sampling import sample
 from serve_app.model.stage import Stage
 from serve_app.model.timing import StepTimer
-from serve_app.runtime.load import load_experts, load_stage
+from serve_app.runtime.load import load_experts, load_grammars, load_stage
 from serve_app.runtime.settings import engine_config
 from serve_app.runtime.threads import ThreadGroup
 
@@ -23,11 +24,14 @@ from serve_app.runtime.threads import ThreadGroup
 class LocalEngine:
     """The whole model in one stage of `layout.tp` shards, and a core that plans for it. Use it from one thread."""
 
-    def __init__(self, config: EngineConfig, stages: list[Stage], experts: Experts) -> None:
+    def __init__(
+        self, config: EngineConfig, stages: list[Stage], experts: Experts, grammars: Grammars | None = None
+    ) -> None:
         self._core = EngineCore(config)
         self._stages = stages  # by shard; each is a thread where there are several
         self._group = ThreadGroup(len(stages)) if len(stages) > 1 else None
         self._experts = experts
+        self._grammars = grammars
         self._plans: list[Plan] = []
         self._emissions: list[Emission] = []
         num_pages = min(stage.kv.num_pages for stage in stages)
@@ -46,7 +50,7 @@ class LocalEngine:
             for shard in range(config.layout.tp)
         ]
         experts = LocalExperts(load_experts(weights, config))
-        return cls(engine_config(config, weights.spec, num_stages=1), stages, experts)
+        return cls(engine_config(config, weights.spec, num_stages=1), stages, experts, load_grammars(weights))
 
     def submit(self, request: Request) -> None:
         self._on(Submit(request))
@@ -82,8 +86,8 @@ class LocalEngine:
     def _execute(self, plan: Plan) -> StepDone:
         first = self._stages[0]
         batch = Batch.from_plan(plan, first.page_tokens, first.device)
-        tokens, logprobs = sample(self._logits(batch), [part.sample for part in plan.slices if part.sample])
-        return StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs)
+        chosen = sample(self._logits(batch), [part.sample for part in plan.slices if part.sample], self._grammars)
+        return StepDone(plan.epoch, plan.replica, plan.step, *chosen)
 
     def _logits(self, batch: Batch) -> Tensor:
         if self._group is None:

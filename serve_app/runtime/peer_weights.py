@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import CheckpointError
+from serve_app.model.checkpoint import TOKENIZER
 from serve_app.model.spec import ModelSpec
 from serve_app.runtime.frames import read_tensor
 from serve_app.runtime.mesh import Mesh
@@ -35,7 +36,8 @@ class PeerWeights:
             tensor = self._answer(name)
             if tensor is not None:
                 return tensor
-            self._peers.remove(address)  # dead, or as poor as we are
+            if name != TOKENIZER:  # which a checkpoint may lack
+                self._peers.remove(address)  # dead, or as poor as we are
         raise CheckpointError(f"the checkpoint is gone from this disk, and no living worker has its tensor {name}")
 
     def _answer(self, name: str) -> Tensor | None:

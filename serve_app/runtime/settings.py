@@ -5,6 +5,7 @@ from pathlib import Path
 from serve_app.config import OctavoConfig
 from serve_app.engine.core import EngineConfig
 from serve_app.engine.membership import MembershipConfig
+from serve_app.engine.slo import SloConfig
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.experts.layout import Layout, cut_at, stage_layers
 from serve_app.experts.placement import Slots, primaries_per_worker
@@ -27,6 +28,18 @@ def engine_config(config: OctavoConfig, spec: ModelSpec, num_stages: int) -> Eng
         max_context_tokens=max_context_tokens(config, spec),
         eos_token_ids=spec.eos_token_ids,
         prefix_cache=config.scheduler.prefix_cache,
+        slo=slo_config(config),
+    )
+
+
+def slo_config(config: OctavoConfig) -> SloConfig:
+    wanted, limits = config.slo, config.limits
+    return SloConfig(
+        ttft_s=wanted.ttft_s,
+        target_s=wanted.aim_s,
+        itl_s=None if wanted.itl_ms is None else wanted.itl_ms / 1e3,
+        max_queued=limits.max_queued,
+        max_queued_tokens=limits.max_queued_tokens,
     )
 
 
@@ -80,9 +93,21 @@ def check(config: OctavoConfig) -> ModelSpec:
     folder = resolve(config.model, silent, fetch=False)
     spec = check_folder(folder)
     slots_of(config, spec)  # and with it the layout
+    _check_slo(config)
     _check_step(config, spec)
     _check_tokenizer(folder)
     return spec
+
+
+def _check_slo(config: OctavoConfig) -> None:
+    slo = config.slo
+    if slo.ttft_s is not None and max(slo.aim_s, slo.alert_at_s or 0.0) > slo.ttft_s:
+        raise ConfigError(
+            f"`slo.target_s` = {slo.aim_s:g} and `slo.alert_s` = {slo.alert_at_s:g} must not be above"
+            f" `slo.ttft_s` = {slo.ttft_s:g}: what is aimed at comes before what is promised"
+        )
+    if slo.default_priority not in slo.priorities:
+        raise ConfigError(f"`slo.default_priority` = {slo.default_priority!r} is not one of `slo.priorities`")
 
 
 def _check_step(config: OctavoConfig, spec: ModelSpec) -> None:

@@ -21,8 +21,8 @@ from serve_app.engine.members import (
     Stop,
     Take,
 )
-from serve_app.engine.plan import Cancel, Plan, StepDone, Submit
-from serve_app.engine.request import Emission
+from serve_app.engine.plan import Abort, Cancel, Plan, StepDone, Submit
+from serve_app.engine.request import Emission, Refusal
 from serve_app.model.timing import Span
 
 MAX_PART_BYTES = 2**30  # of one frame: hidden states of 20,480 tokens x 8,192 in fp32 are two thirds of it
@@ -149,11 +149,23 @@ class From(msgspec.Struct, frozen=True, array_like=True, tag="from"):
     """A request or a cancellation, and the ingress replica it came from."""
 
     name: str
-    event: Submit | Cancel
+    event: Submit | Cancel | Abort
 
 
 class Moved(msgspec.Struct, frozen=True, array_like=True, tag="moved"):
     """To an ingress replica: another one has this request now."""
+
+    rid: str
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """To an ingress replica: this request is not let in."""
+
+    refusal: Refusal
+
+
+class Aborted(msgspec.Struct, frozen=True, array_like=True, tag="aborted"):
+    """To an ingress replica: somebody ended this request by its name."""
 
     rid: str
 
@@ -172,6 +184,16 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
     epoch: int
     stats: EngineStats
     cell: CellStats | None = None
+
+
+class Tally(msgspec.Struct, frozen=True, array_like=True, tag="tally"):
+    """Rows of the metrics' ledger (`telemetry.ledger`), between an ingress replica and its engine, either way."""
+
+    name: str  # the sender's
+    rows: dict[str, dict[str, float]]
+    pull: int = 0  # to the engine: answer at once, by this number; from it: what this answers; 0: nothing
+    greets: bool = False  # the sender is new here, or lost us for a while: all that is known is to be told to it
+    more: bool = False  # the rest follows, or cannot be said yet
 
 
 Message = (
@@ -204,8 +226,11 @@ Message = (
     | Attach
     | From
     | Moved
+    | Refused
+    | Aborted
     | Tokens
     | Status
+    | Tally
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -189,8 +189,9 @@ class Worker:
             return
         if self._stage.shard != 0:  # the logits are on shard 0
             return
-        tokens, logprobs = sample(output, [part.sample for part in plan.slices if part.sample])
-        self._mesh.send(ENGINE, StepDone(plan.epoch, plan.replica, plan.step, tokens, logprobs))
+        assert self._loaded is not None
+        chosen = sample(output, [part.sample for part in plan.slices if part.sample], self._loaded.grammars)
+        self._mesh.send(ENGINE, StepDone(plan.epoch, plan.replica, plan.step, *chosen))
 
     def _pump(self, timeout_s: float, why: str = "wait") -> bool:
         """Handle one incoming message; False if none comes in time."""

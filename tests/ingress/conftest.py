@@ -37,11 +37,11 @@ def client_of(app):
 class World:
     """One application, its engine, and a client."""
 
-    def __init__(self, tokenizer, limits=None):
+    def __init__(self, tokenizer, limits=None, **options):
         self.tokenizer = tokenizer
         self.model = ModelInfo("tiny", max_context_tokens=512, vocab_size=410, created=1_700_000_000)
         self.engine = EchoEngine(tokenizer.encode(BABBLE))
-        self.app = create_app(self.engine, tokenizer, self.model, limits)
+        self.app = create_app(self.engine, tokenizer, self.model, limits, **options)
         self.client = client_of(self.app)
 
     def say(self, prompt, answer):
@@ -63,8 +63,8 @@ class World:
 
 
 @asynccontextmanager
-async def open_world(tokenizer, limits=None):
-    world = World(tokenizer, limits)
+async def open_world(tokenizer, limits=None, **options):
+    world = World(tokenizer, limits, **options)
     try:
         yield world
     finally:
@@ -85,8 +85,8 @@ async def small_world(tokenizer):
         yield world
 
 
-@pytest.fixture
-async def server(world):
+@asynccontextmanager
+async def serving(world):
     """`world` behind uvicorn; yields (host, port)."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(world.app, log_level="warning", lifespan="off")
@@ -98,6 +98,12 @@ async def server(world):
         served.should_exit = True
         await task
         listener.close()
+
+
+@pytest.fixture
+async def server(world):
+    async with serving(world) as address:
+        yield address
 
 
 def read_events(text):

@@ -3,11 +3,14 @@
 import asyncio
 from contextlib import suppress
 
+from msgspec import structs
+
 from serve_app.engine.core import EngineConfig, EngineCore
-from serve_app.engine.plan import Begin, Cancel, Emit, Run, StepDone, Submit
+from serve_app.engine.plan import Abort, Begin, Cancel, Emit, Refuse, Run, StepDone, Submit
 from serve_app.engine.request import Emission
 from serve_app.ingress.client import EngineStatus, EngineUnavailableError
-from serve_app.ingress.faults import TakenOverError
+from serve_app.ingress.faults import AbortedError, RefusedError, TakenOverError
+from serve_app.runtime.operations import Drain, Facts, Operations, Strike
 from tests.views import make_view
 
 PAGE_TOKENS = 4
@@ -30,6 +33,7 @@ class EchoEngine:
         self.core = EngineCore(config)
         self.core.on(Begin(epoch=0, num_replicas=1, num_pages=num_pages), 0.0)
         self.script = {}  # tuple of prompt ids -> answer ids
+        self.next_answer = None  # ids: the answer to the next prompt, whatever that is
         self.requests = {}  # rid -> Request, all ever submitted
         self.cancelled = []  # rids
         self.now_s = 0.0
@@ -42,7 +46,11 @@ class EchoEngine:
         self.view = make_view(1, 2, 2)  # what its router would say
         self.history = []  # EventViews
         self.family = []  # ProcessViews
+        self.refusing = []  # errors with which the next requests are refused
         self.failing_after = None  # every answer ends with "error" after so many tokens
+        self.operations_of_it = Operations()
+        self.facts = Facts(0, ["w0"], 1, 1, "tcp://router", "whole", "")  # its cell, for what was ordered of it
+        self.struck = []  # (role, name)
         self._babble = babble
         self._queues = {}
         self._kv = {}  # (page, offset) -> token
@@ -57,17 +65,22 @@ class EchoEngine:
     async def submit(self, request):
         if self.broken:
             raise EngineUnavailableError(self.broken)
+        if self.refusing:
+            raise self.refusing.pop()
         if request.rid in self._queues:
             self._queues[request.rid].put_nowait(TakenOverError("taken over by a newer connection"))
         queue = self._queues[request.rid] = asyncio.Queue()
         self.requests[request.rid] = request
+        if self.next_answer is not None:
+            self.script[tuple(request.prompt)], self.next_answer = self.next_answer, None
         self.submitted.set()
         self._on(Submit(request))
         finished = False
         try:
             while not finished:
                 emission = await queue.get()
-                if isinstance(emission, TakenOverError):
+                if isinstance(emission, Exception):
+                    finished = not isinstance(emission, TakenOverError)
                     raise emission
                 finished = emission.finish is not None
                 yield emission
@@ -82,7 +95,34 @@ class EchoEngine:
     async def status(self):
         if self.broken:
             raise EngineUnavailableError(self.broken)
-        return EngineStatus(live=True, ready=True, page_tokens=PAGE_TOKENS, stats=self.core.stats())
+        drained = "draining" if self.operations_of_it.is_draining else ""
+        return EngineStatus(True, not drained, drained, page_tokens=PAGE_TOKENS, stats=self.core.stats())
+
+    async def abort(self, name, tenant=None):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        self._on(Abort(name, tenant), is_abort=True)
+
+    async def operate(self, asked):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return self.operations_of_it.begin(asked, f"op-{len(self.operations_of_it.all())}", self.now_s)
+
+    async def operations(self):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return self.operations_of_it.all()
+
+    def look(self, **facts):
+        """Carry on with what was ordered; `facts` are what has changed in the cell."""
+        stats = self.core.stats()
+        self.facts = structs.replace(self.facts, open_requests=stats.running + stats.waiting, **facts)
+        for act in self.operations_of_it.observe(self.facts, self.now_s):
+            match act:
+                case Drain(on):
+                    self.core.admission.draining = on
+                case Strike(role, name):
+                    self.struck.append((role, name))
 
     async def placement(self):
         if self.broken:
@@ -108,13 +148,18 @@ class EchoEngine:
         stats = self.core.stats()
         assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
 
-    def _on(self, event):
+    def _on(self, event, *, is_abort=False):
         for command in self.core.on(event, self.now_s):
             match command:
                 case Run(plan):
                     self._steps.put_nowait(plan)
+                case Emit(emission) if is_abort:
+                    self._queues[emission.rid].put_nowait(AbortedError("aborted by its name"))
                 case Emit(emission):
                     self._deliver(emission)
+                case Refuse(refusal):
+                    error = RefusedError(refusal.reason, refusal.text, refusal.retry_after_s)
+                    self._queues[refusal.rid].put_nowait(error)
 
     def _deliver(self, emission):
         queue = self._queues.get(emission.rid)
@@ -137,8 +182,10 @@ class EchoEngine:
                 num_done = 0
             await asyncio.sleep(0)  # each step is a turn of the loop of its own
             tokens = [self._compute(part) for part in plan.slices]
-            sampled = [token for part, token in zip(plan.slices, tokens, strict=True) if part.sample]
-            self._on(StepDone(plan.epoch, plan.replica, plan.step, sampled, [-0.5] * len(sampled)))
+            chosen = [(part.sample, token) for part, token in zip(plan.slices, tokens, strict=True) if part.sample]
+            sampled = [token for _, token in chosen]
+            tops = [[(token + i, -0.5 - i) for i in range(sample.top_logprobs)] for sample, token in chosen]
+            self._on(StepDone(plan.epoch, plan.replica, plan.step, sampled, [-0.5] * len(sampled), tops))
 
     def _compute(self, part):
         for position, token in enumerate(part.tokens, part.start):

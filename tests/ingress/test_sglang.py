@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from serve_app.engine.request import Grammar
 from tests.ingress.conftest import BABBLE, read_events
 from tests.ingress.echo_engine import END_TOKEN
 
@@ -86,7 +87,7 @@ async def test_a_temperature_that_would_overflow_is_greedy(world):
 
 
 async def test_neutral_values_of_what_is_not_supported_are_accepted(world):
-    params = {"frequency_penalty": 0, "repetition_penalty": 1.0, "json_schema": None, "n": 1, "no_stop_trim": False}
+    params = {"structural_tag": None, "custom_params": {}, "json_schema": None, "n": 1, "no_stop_trim": False}
     body = {"text": QUESTION, "sampling_params": params, "logprob_start_len": -1, "image_data": None}
     assert (await world.post(body)).json()["text"] == ANSWER
 
@@ -139,6 +140,46 @@ async def test_logprobs_come_when_asked_for(world):
     response = await world.post({"text": QUESTION, "return_logprob": True, "sampling_params": {"max_new_tokens": 2}})
     ids = world.tokenizer.encode(ANSWER)[:2]
     assert response.json()["meta_info"]["output_token_logprobs"] == [[-0.5, ids[0], None], [-0.5, ids[1], None]]
+
+
+async def test_penalties_and_biases_reach_the_engine(world):
+    params = {"frequency_penalty": -2, "presence_penalty": 0.5, "repetition_penalty": 1.5, "max_new_tokens": 2}
+    await world.post({"text": "Rome", "sampling_params": params | {"logit_bias": {"30": -1.5, "4": 100}}})
+    sampling = only(world.engine.requests).sampling
+    assert {name: getattr(sampling, name) for name in params} == params
+    assert sampling.logit_bias == ((4, 100.0), (30, -1.5))
+
+
+@pytest.mark.parametrize(
+    ("given", "grammar"),
+    [
+        ({"json_schema": '{"type": "object"}'}, Grammar("json_schema", '{"type": "object"}')),
+        ({"regex": "a|b"}, Grammar("regex", "a|b")),
+        ({"ebnf": 'start: "a"'}, Grammar("lark", 'start: "a"')),
+        ({"ebnf": 'root ::= "a" | "b" root'}, Grammar("lark", '%llguidance {}\n\nstart: "a"\n     | "b" start\n\n')),
+    ],
+)
+async def test_grammars_reach_the_engine(world, given, grammar):
+    response = await world.post({"text": "Rome", "sampling_params": given | {"max_new_tokens": 2}})
+    assert response.status_code == 200, response.text
+    assert only(world.engine.requests).sampling.grammar == grammar
+
+
+async def test_two_grammars_at_once_are_refused_by_name(world):
+    response = await world.post({"text": "a", "sampling_params": {"regex": "a", "json_schema": "{}"}})
+    assert response.status_code == 400
+    assert response.json()["error"]["field"] == "sampling_params.json_schema and sampling_params.regex"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_likeliest_tokens_come_when_asked_for(world, stream):
+    ids = world.tokenizer.encode(ANSWER)[:2]
+    body = {"text": QUESTION, "return_logprob": True, "top_logprobs_num": 2, "sampling_params": {"max_new_tokens": 2}}
+    response = await world.post(body | {"stream": stream})
+    answer = read_events(response.text)[-2] if stream else response.json()
+    assert answer["meta_info"]["output_top_logprobs"] == [[[-0.5, i, None], [-1.5, i + 1, None]] for i in ids]
+    quiet = (await world.post({**body, "return_logprob": False})).json()
+    assert not quiet["meta_info"].keys() & {"output_top_logprobs", "output_token_logprobs"}
 
 
 async def test_a_stream_carries_the_text_so_far_and_ends_with_done(world):

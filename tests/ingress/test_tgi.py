@@ -2,6 +2,7 @@
 
 import pytest
 
+from serve_app.engine.request import Grammar
 from tests.ingress.conftest import read_events
 from tests.ingress.echo_engine import END_TOKEN
 
@@ -67,6 +68,44 @@ async def test_the_seed_of_a_sampled_answer_is_reported(world):
 async def test_the_default_is_100_tokens(world):
     await world.post({"inputs": QUESTION})
     assert only(world.engine.requests).sampling.max_new_tokens == 100
+
+
+async def test_penalties_reach_the_engine(world):
+    await world.post({"inputs": QUESTION, "parameters": {"repetition_penalty": 1.2, "frequency_penalty": 0.1}})
+    sampling = only(world.engine.requests).sampling
+    assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.2, 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "grammar"),
+    [
+        ({"type": "json", "value": {"type": "object"}}, Grammar("json_schema", '{"type":"object"}')),
+        ({"type": "json_schema", "value": {"type": "object"}}, Grammar("json_schema", '{"type":"object"}')),
+        ({"type": "json", "value": '{"type": "array"}'}, Grammar("json_schema", '{"type": "array"}')),
+        ({"type": "regex", "value": "[a-z]+"}, Grammar("regex", "[a-z]+")),
+    ],
+)
+async def test_grammars_reach_the_engine(world, given, grammar):
+    response = await world.post({"inputs": QUESTION, "parameters": {"grammar": given}})
+    assert response.status_code == 200, response.text
+    assert only(world.engine.requests).sampling.grammar == grammar
+
+
+async def test_the_likeliest_tokens_come_when_asked_for(world):
+    ids = world.tokenizer.encode(ANSWER)[:3]
+    tops = [
+        [
+            {"id": i, "text": world.tokenizer.decode([i]), "logprob": -0.5, "special": False},
+            {"id": i + 1, "text": world.tokenizer.decode([i + 1]), "logprob": -1.5, "special": False},
+        ]
+        for i in ids
+    ]
+    parameters = {"top_n_tokens": 2, "max_new_tokens": 3}
+    body = {"inputs": QUESTION, "parameters": parameters | {"details": True}}
+    assert (await world.post(body)).json()["details"]["top_tokens"] == tops
+    events = read_events((await world.post({"inputs": QUESTION, "parameters": parameters, "stream": True})).text)
+    assert [event["top_tokens"] for event in events] == tops
+    assert (await world.post({"inputs": QUESTION, "parameters": parameters})).json().keys() == {"generated_text"}
 
 
 async def test_the_full_text_begins_with_the_prompt(world):

@@ -69,7 +69,7 @@ def test_filters_keep_what_the_reference_keeps(name, spread, vocab_size):
     logits = spread * torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(seed))
     logits = logits.bfloat16()  # as the model gives them: many are equal
     wanted = [how(**FILTERS[name], seed=row, position=3) for row in range(40)]
-    tokens, _ = sample(logits, wanted)
+    tokens = sample(logits, wanted).tokens
     for row, (token, own) in enumerate(zip(tokens, wanted, strict=True)):
         reference = Reference.of(logits[row].float(), own)
         u = uniform(own.seed, own.position)
@@ -118,13 +118,14 @@ def test_a_row_does_not_depend_on_other_rows(dtype):
     dice = random.Random(seed)
     logits = (3 * torch.randn(64, 3000, generator=torch.Generator().manual_seed(seed))).to(dtype)
     wanted = [any_sample(dice) for _ in range(64)]
-    tokens, logprobs = sample(logits, wanted)
+    tokens, logprobs, _ = sample(logits, wanted)
     for row in range(64):
-        assert sample(logits[row : row + 1], [wanted[row]]) == ([tokens[row]], [logprobs[row]]), f"seed {seed}"
+        assert sample(logits[row : row + 1], [wanted[row]]) == ([tokens[row]], [logprobs[row]], []), f"seed {seed}"
     for _ in range(20):
         rows = dice.sample(range(64), dice.randrange(2, 64))
         again = sample(logits[rows], [wanted[row] for row in rows])
-        assert again == ([tokens[row] for row in rows], [logprobs[row] for row in rows]), f"seed {seed}, rows {rows}"
+        expected = [tokens[row] for row in rows], [logprobs[row] for row in rows], []
+        assert again == expected, f"seed {seed}, rows {rows}"
 
 
 def test_greedy_takes_the_first_of_the_highest():
@@ -144,13 +145,13 @@ def test_banned_tokens_are_never_chosen():
 def test_the_log_probability_is_that_of_the_unmodified_distribution():
     logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(24))
     wanted = [how(temperature=0.2, top_k=3, banned=(7,), logprob=True), how()]
-    tokens, logprobs = sample(logits, wanted)
+    tokens, logprobs, _ = sample(logits, wanted)
     assert logprobs[0] == pytest.approx(float(logits[0].log_softmax(-1)[tokens[0]]), abs=1e-5)
     assert logprobs[1] == 0.0
 
 
 def test_no_rows_give_no_tokens():
-    assert sample(torch.empty(0, 100), []) == ([], [])
+    assert sample(torch.empty(0, 100), []) == ([], [], [])
 
 
 def test_the_uniform_numbers_are_those_of_splitmix64():

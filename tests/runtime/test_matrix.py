@@ -80,9 +80,9 @@ def test_a_placement_at_random_changes_no_bit_of_the_logits_in_bf16(family, tmp_
     config = config_of(2, 2, 2, max_step_tokens=200)
     logits = []
 
-    def record(output, samples, sample=worker_module.sample):
+    def record(output, samples, grammars, sample=worker_module.sample):
         logits.append(output.clone())
-        return sample(output, samples)
+        return sample(output, samples, grammars)
 
     monkeypatch.setattr(worker_module, "sample", record)
     runs = []
