@@ -8,6 +8,8 @@ from collections import Counter, OrderedDict
 
 import msgspec
 
+from serve_app.engine.bounds import EngineConfig, Totals
+from serve_app.engine.forecast import foresee, prompt_tokens, wait_s
 from serve_app.engine.pace import Observed, Pace, Paces, Work
 from serve_app.engine.plan import (
     Abort,
@@ -24,7 +26,7 @@ from serve_app.engine.plan import (
     Submit,
 )
 from serve_app.engine.request import Emission, FinishReason, Refusal, Request
-from serve_app.engine.scheduler import EngineConfig, Scheduler, Totals
+from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.slo import Admission, Forecast, Queue
 
@@ -147,15 +149,17 @@ class EngineCore:
             return [again] if again.tokens or again.finish else []
         seq = Sequence(request, self._num_submitted, self.config.eos_token_ids, self.config.max_context_tokens)
         seq.promise(self._now_s - request.terms.waited_s, self.admission.objective_s(request))
+        forecast = None
         if not request.terms.is_accepted and not request.emitted:
-            refusal = self._judge(seq)
+            forecast = self._forecast(seq)
+            refusal = self._judge(seq, forecast)
             if refusal is not None:
                 self._refusals.append(refusal)
                 return []
         self._num_submitted += 1
         self._totals.num_replayed += bool(request.emitted)
         self._live[seq.rid] = seq
-        return self._place(seq)
+        return self._place(seq, None if forecast is None else forecast.replica)
 
     def _known(self, rid: str) -> Sequence | None:
         kept = self._kept.get(rid)
@@ -196,7 +200,7 @@ class EngineCore:
         """
         if begin.epoch <= self.epoch:
             return [], []
-        self.epoch = begin.epoch
+        is_first, self.epoch = self.epoch < 0, begin.epoch
         before = self._schedulers
         self._schedulers = {
             replica: before[replica]
@@ -212,7 +216,7 @@ class EngineCore:
                 reruns += scheduler.renew(begin.epoch)
                 for seq in scheduler.take_waiting():
                     seq.replica = -1
-        if not self._schedulers and before:
+        if not self._schedulers and (before or is_first):
             self._without_s = self._now_s
         for seq in list(self._live.values()):
             if seq.replica < 0 or self._schedulers.get(seq.replica) is not before.get(seq.replica, None):
@@ -229,8 +233,11 @@ class EngineCore:
         seq.restart()
         return self._place(seq)
 
-    def _place(self, seq: Sequence) -> list[Emission]:
-        """Give `seq` to the replica with the least work left then (what its prefix cache holds is none), or end it."""
+    def _place(self, seq: Sequence, replica: int | None = None) -> list[Emission]:
+        """Give `seq` to the replica with the least work left then (what its prefix cache holds is none), or end it.
+
+        `replica`: of its forecast. Who comes again in hundreds, after a loss, is placed without one: that is O(queue).
+        """
         seq.replica = -1
         seq.limit_tokens = seq.max_tokens
         if self._schedulers:
@@ -242,13 +249,10 @@ class EngineCore:
             self._forget(emission)
             return [emission]
         if self._schedulers:
-            self._schedulers[self._best_for(seq)].add(seq)
+            self._schedulers[self._best_for(seq) if replica is None else replica].add(seq)
         return []
 
     def _best_for(self, seq: Sequence) -> int:
-        forecast = self._forecast(seq)
-        if forecast is not None:
-            return forecast.replica
         return min(self._schedulers.items(), key=lambda item: item[1].load_tokens - item[1].hit_tokens(seq))[0]
 
     # -- the objective -------------------------------------------------------------------------------------------------
@@ -274,26 +278,25 @@ class EngineCore:
         pace = self._pace
         if self.config.slo.ttft_s is None or pace is None or pace.costs is None:
             return None
-        forecasts = [scheduler.forecast(seq, pace, self._now_s) for scheduler in self._schedulers.values()]
+        forecasts = [
+            foresee(scheduler, seq, pace, self._now_s, self.admission.bias) for scheduler in self._schedulers.values()
+        ]
         return min(forecasts, key=lambda f: (f.harms, f.ttft_s, f.load_tokens), default=None)
 
-    def _judge(self, seq: Sequence) -> Refusal | None:
+    def _judge(self, seq: Sequence, forecast: Forecast | None) -> Refusal | None:
         request, schedulers = seq.request, self._schedulers.values()
         token_s = pace.costs[1] if (pace := self._pace) is not None and pace.costs is not None else 0.0
-        if not schedulers and self.epoch >= 0:
-            backlog_s = token_s * sum(len(s.tokens) for s in self._live.values())
-            return self.admission.no_capacity(request, backlog_s, self._now_s - self._without_s)
-        num_tokens = sum(s.prompt_tokens() for s in schedulers)
-        queue = Queue(
-            sum(len(s.waiting) for s in schedulers),
-            num_tokens,
-            token_s * sum(s.prompt_tokens(request.terms.tenant) for s in schedulers),
-            token_s * num_tokens,
-        )
-        forecast = self._forecast(seq)
-        refusal = self.admission.judge(request, forecast, queue, len(schedulers), self._now_s)
+        counts = [prompt_tokens(s, request.terms.tenant) for s in schedulers]
+        num_own, num_tokens = sum(own for own, _ in counts), sum(total for _, total in counts)
+        num_queued = sum(len(s.waiting) for s in schedulers)
+        if not schedulers:
+            num_queued, num_tokens = len(self._live), sum(len(s.tokens) for s in self._live.values())
+        queue = Queue(num_queued, num_tokens, num_own / max(1, num_tokens), token_s * num_tokens)
+        outage_s = self._now_s - self._without_s if not schedulers and self.epoch >= 0 else None
+        refusal = self.admission.judge(request, forecast, queue, len(schedulers), self._now_s, outage_s)
         if refusal is None and forecast is not None:
-            seq.predicted_ttft_s = forecast.ttft_s * self.admission.bias + request.terms.waited_s
+            seq.foreseen_s = forecast.ttft_s
+            seq.predicted_ttft_s = forecast.ttft_s * self.admission.middle + request.terms.waited_s
         return refusal
 
     def _first(self, emission: Emission) -> Emission:
@@ -301,7 +304,7 @@ class EngineCore:
         seq = self._live.get(emission.rid)
         if seq is None or seq.predicted_ttft_s is None:
             return emission
-        self.admission.learn(seq.predicted_ttft_s, self._now_s - seq.submitted_s)
+        self.admission.learn(seq.foreseen_s, self._now_s - seq.submitted_s - seq.request.terms.waited_s)
         return msgspec.structs.replace(
             emission, predicted_ttft_s=seq.predicted_ttft_s, queued_s=max(0.0, seq.planned_s - seq.submitted_s)
         )
@@ -311,7 +314,7 @@ class EngineCore:
         if self.config.slo.ttft_s is None or pace is None or pace.costs is None or pace.costs[1] <= 0:
             return 0
         token_s = (pace.step_s(Work(self.config.max_step_tokens)) / self.config.max_step_tokens) * self.admission.bias
-        return sum(int(self.admission.budget_s(s.wait_s(pace)) / token_s) for s in self._schedulers.values())
+        return sum(int(self.admission.budget_s(wait_s(s, pace)) / token_s) for s in self._schedulers.values())
 
     def _abort(self, name: str, tenant: str | None) -> list[Emission]:
         """End all requests of this name ("": of any), of one tenant or of all (None)."""
@@ -322,9 +325,14 @@ class EngineCore:
         ]
         return [emission for rid in rids for emission in self._cancel(rid)]
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is known, and no step is in flight."""
+        return not self._live and not any(s.is_busy for s in self._schedulers.values())
+
     def reset_totals(self) -> None:
-        """Forget what was counted: it was a rehearsal. Nothing may be live."""
-        assert not self._live, "requests are live"
+        """Forget what was counted: it was a rehearsal. The engine must be idle."""
+        assert self.is_idle, "requests are live, or steps in flight"
         for scheduler in self._schedulers.values():
             scheduler.forget_cache()
         self._totals.__init__()  # type: ignore[misc]

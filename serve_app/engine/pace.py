@@ -5,18 +5,23 @@ next one's is what counts, not the sum over workers. It is taken to be linear in
 of what every step costs, what a prompt token costs, a decoding row, and a thousand pairs of token and attended token.
 
 The fit is robust: residuals count relative to the step, and beyond twice the typical one only linearly (Huber).
+Its level is that of the mean step.
 """
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from operator import mul
 
 import msgspec
+
+from serve_app.engine.plan import Slice
 
 MAX_OBSERVED = 256  # steps that are remembered
 MIN_OBSERVED = 4  # before that many nothing is said
 SEED_WEIGHT = 0.2  # of a step of the calibration, beside one of now
-NUM_SWEEPS = 60
-FIT_EVERY = 8  # observations
+NUM_SWEEPS, NUM_REFITS = 60, 3
+MAX_STALL = 8.0  # times what a step should take: what is longer says nothing of the next ones
+FIT_EVERY = 8  # observations; later, when few more change little, twice that
 
 
 class Work(msgspec.Struct, frozen=True, array_like=True):
@@ -27,7 +32,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     attended_kpairs: float = 0.0  # thousands of (token, token that it attends to)
 
     @property
-    def row(self) -> tuple[float, float, float, float]:
+    def row(self) -> "Row":
         return 1.0, self.prompt_tokens, self.decode_rows, self.attended_kpairs
 
 
@@ -38,6 +43,20 @@ class Observed(msgspec.Struct, frozen=True, array_like=True):
     seconds: float
 
 
+def work_of(slices: Iterable[Slice]) -> Work:
+    """A slice of one token is a decoding row, whatever it ends."""
+    prompt_tokens = rows = pairs = 0
+    for part in slices:
+        num_tokens = len(part.tokens)
+        if num_tokens == 1:
+            rows += 1
+        else:
+            prompt_tokens += num_tokens
+        pairs += num_tokens * (part.start + num_tokens // 2)
+    return Work(prompt_tokens, rows, pairs / 1e3)
+
+
+Row = tuple[float, float, float, float]
 Costs = tuple[float, float, float, float]  # seconds: of a step, a prompt token, a decoding row, a thousand pairs
 
 
@@ -64,7 +83,10 @@ class Pace:
     def observe(self, observed: Observed) -> None:
         self._observed.append(observed)
         self._num_since += 1
-        if self._num_since >= FIT_EVERY or self._costs is None:
+        if (
+            self._num_since >= (FIT_EVERY if len(self._observed) < MAX_OBSERVED else 2 * FIT_EVERY)
+            or self._costs is None
+        ):
             self._fit()
 
     def step_s(self, work: Work) -> float:
@@ -91,7 +113,7 @@ class Paces:
     def of(self, num_replicas: int) -> Pace:
         """What is known best. Of a number never seen: as with the next one, as if all shared one machine."""
         pace = self._paces.get(num_replicas)
-        if pace is None:
+        if pace is None or not pace.observed:
             pace = self._paces[num_replicas] = Pace(self._guess(num_replicas))
         return pace
 
@@ -105,27 +127,45 @@ class Paces:
 
 
 def fit(observed: Sequence[Observed], weights: Sequence[float]) -> Costs:
-    """Non-negative costs with the least robust relative error."""
-    scaled = [w / max(o.seconds, 1e-6) ** 2 for o, w in zip(observed, weights, strict=True)]
-    costs = _least_squares(observed, scaled)
-    for _ in range(2):
-        errors = [abs(dot(costs, o.work.row) / max(o.seconds, 1e-6) - 1.0) for o in observed]
+    """Non-negative costs; their shape has the least robust relative error: what counts is the missed part of a step.
+
+    Relative to what the fit says, not to what was seen: an interval of next to nothing, of two steps whose ends were
+    told at once, would otherwise outweigh all others.
+    """
+    rows = [o.work.row for o in observed]
+    seconds = [o.seconds for o in observed]
+    least_s = max(sorted(seconds)[len(seconds) // 2] / 4, 1e-9)
+    scales = [max(s, least_s) for s in seconds]
+    costs = _least_squares(rows, seconds, [w / scale**2 for w, scale in zip(weights, scales, strict=True)])
+    for _ in range(NUM_REFITS):
+        fitted = [dot(costs, row) for row in rows]
+        scales = [max(s, least_s) for s in fitted]
+        errors = [abs(s - f) / scale for s, f, scale in zip(seconds, fitted, scales, strict=True)]
         bound = 2.0 * max(sorted(errors)[len(errors) // 2], 0.02)
-        tamed = [w * min(1.0, bound / max(e, 1e-9)) for w, e in zip(scaled, errors, strict=True)]
-        costs = _least_squares(observed, tamed)
-    return costs
+        tamed = [
+            w / scale**2 * min(1.0, bound / max(e, 1e-9)) for w, scale, e in zip(weights, scales, errors, strict=True)
+        ]
+        costs = _least_squares(rows, seconds, tamed)
+    return _level(costs, rows, seconds, weights)
 
 
-def _least_squares(observed: Sequence[Observed], weights: Sequence[float]) -> Costs:
+def _level(costs: Costs, rows: Sequence[Row], seconds: Sequence[float], weights: Sequence[float]) -> Costs:
+    """The same shape, as high as steps were in the mean: who waits for many waits for their sum, stalls and all."""
+    fitted = [max(dot(costs, row), 1e-9) for row in rows]
+    seen_s = sum(w * min(s, MAX_STALL * f) for w, s, f in zip(weights, seconds, fitted, strict=True))
+    factor = seen_s / sum(map(mul, weights, fitted))
+    return costs[0] * factor, costs[1] * factor, costs[2] * factor, costs[3] * factor
+
+
+def _least_squares(rows: Sequence[Row], seconds: Sequence[float], weights: Sequence[float]) -> Costs:
     """By coordinate descent on the normal equations, each cost kept at 0 or above."""
     gram = [[0.0] * 4 for _ in range(4)]
     right = [0.0] * 4
-    for o, weight in zip(observed, weights, strict=True):
-        row = o.work.row
-        for i in range(4):
-            right[i] += weight * row[i] * o.seconds
-            for j in range(4):
-                gram[i][j] += weight * row[i] * row[j]
+    for i in range(4):
+        weighted = [weight * row[i] for weight, row in zip(weights, rows, strict=True)]
+        right[i] = sum(map(mul, weighted, seconds))
+        for j in range(i, 4):
+            gram[i][j] = gram[j][i] = sum(map(mul, weighted, [row[j] for row in rows]))
     costs = [0.0] * 4
     for _ in range(NUM_SWEEPS):
         for i in range(4):

@@ -11,53 +11,19 @@ the pool, and so the oldest one always gets what it needs, at the latest when th
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import msgspec
 
 from serve_app.engine.blocks import PagePool, extend_chain
-from serve_app.engine.pace import Observed, Pace, Work
+from serve_app.engine.bounds import EngineConfig, Totals
+from serve_app.engine.pace import Observed, Pace, Work, work_of
 from serve_app.engine.plan import Plan, Slice, StepDone
 from serve_app.engine.request import Emission
 from serve_app.engine.sequence import Sequence
-from serve_app.engine.slo import Forecast, SloConfig
 
 MIN_CHUNK_TOKENS = 128  # a smaller chunk reads the weights for too few tokens
 MIN_ITL_CHUNK_TOKENS = 32  # however short the time between two tokens is to be: prompts must get on
 LEARN_LENGTHS = 0.05  # weight of one more answer's length
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What bounds the engine. Raises ValueError for a bound below one."""
-
-    num_stages: int  # as many steps are in flight per replica
-    max_context_tokens: int  # prompt + emitted
-    page_tokens: int = 32
-    max_running: int = 64  # sequences per replica
-    max_step_tokens: int = 1024  # of one step, prefill and decode together
-    eos_token_ids: tuple[int, ...] = ()
-    prefix_cache: bool = True
-    slo: SloConfig = SloConfig()
-    keep_s: float = 0.0  # how long the tokens of an ended request are kept for whoever lost its stream
-
-    def __post_init__(self) -> None:
-        for name in ("num_stages", "max_context_tokens", "page_tokens", "max_running", "max_step_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counts over the engine's life, all replicas and epochs together."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_replayed: int = 0  # running requests that were added again because their replica or engine was lost
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    length_ratio: float = 1.0  # of answers to what was asked for at most, learned
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -86,15 +52,15 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig, epoch: int, replica: int, num_pages: int, totals: Totals) -> None:
-        self._config = config
+        self.config = config
         self._epoch = epoch
-        self._replica = replica
+        self.replica = replica
         self._totals = totals
         self.pool = PagePool(num_pages)
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: dict[str, Sequence] = {}
         self.load_tokens = 0  # outstanding work of all that wait or run
-        self._prefilling: dict[str, Sequence] = {}
+        self.prefilling: dict[str, Sequence] = {}
         self._ready: dict[str, Sequence] = {}
         self._flights: dict[int, _Flight] = {}  # in the order of their issue
         self._next_step = 0
@@ -105,11 +71,11 @@ class Scheduler:
 
     def hit_tokens(self, seq: Sequence) -> int:
         """Tokens that this replica would not have to compute for `seq`."""
-        return len(self._match(seq)) * self._config.page_tokens
+        return len(self._match(seq)) * self.config.page_tokens
 
     def add(self, seq: Sequence) -> None:
         """Put `seq`, which has nothing computed, into the queue, by its deadline and arrival."""
-        seq.replica = self._replica
+        seq.replica = self.replica
         self._enqueue(seq)
         self.load_tokens += seq.work_tokens
 
@@ -130,7 +96,7 @@ class Scheduler:
 
     def _plan(self, step: int, slices: list[Slice]) -> Plan:
         after, self._last_step = self._last_step, step
-        return Plan(self._epoch, self._replica, step, slices, after)
+        return Plan(self._epoch, self.replica, step, slices, after)
 
     def take_waiting(self) -> list[Sequence]:
         """Empty the queue: a new epoch may have a better place for those who only wait."""
@@ -154,32 +120,47 @@ class Scheduler:
     def is_busy(self) -> bool:
         return bool(self._flights)
 
+    @property
+    def length_ratio(self) -> float:
+        """Of answers to what was asked for at most, as learned."""
+        return self._totals.length_ratio
+
+    def flying(self) -> list[Work]:
+        """What the steps in flight compute, in their order."""
+        return [flight.work for flight in self._flights.values() if flight.done is None]
+
     def next_plan(self, pace: Pace | None = None, now: float = 0.0) -> Plan | None:
         """The next step, or None while the pipeline is full or nothing can run. `pace` tells what steps cost."""
-        if len(self._flights) >= self._config.num_stages:
+        if len(self._flights) >= self.config.num_stages:
             return None
         self._demote_late(pace, now)
         slices: list[Slice] = []
         parts: list[_Part] = []
-        budget = self._config.max_step_tokens
+        budget = self.config.max_step_tokens
         budget -= self._take_decodes(slices, parts, budget)
-        budget = min(budget, self._fair_prefill_tokens(), self._gentle_tokens(pace, len(slices)))
+        budget = min(budget, self._fair_prefill_tokens(), self.gentle_tokens(pace, len(slices)))
         budget -= self._take_prefills(slices, parts, budget)
         self._take_waiting(slices, parts, budget)
         if not slices:
             return None
         step, self._next_step = self._next_step, self._next_step + 1
-        self._flights[step] = _Flight(slices, parts, _work_of(slices), now)
+        self._flights[step] = _Flight(slices, parts, work_of(slices), now)
         for part in parts:
             part.seq.planned_s = part.seq.planned_s or now
         self._totals.num_steps += 1
         return self._plan(step, slices)
 
     def observed(self, step: int, now: float) -> Observed | None:
-        """What the end of a step at `now` says about the pace: nothing where the pipeline was idle before it."""
+        """What the end of a step at `now` says about the pace.
+
+        Nothing where the pipeline was idle before it, or where the ends of two steps were told in the wrong order.
+        """
         flight = self._flights.get(step)
+        if flight is None or flight is not next(iter(self._flights.values())):
+            return None
         before_s, self._ended_s = self._ended_s, now
-        if flight is None or flight.done is not None or before_s < 0 or flight.issued_s > before_s:
+        is_told_late = any(other.done is not None for other in self._flights.values())
+        if before_s < 0 or flight.issued_s > before_s or is_told_late:
             return None
         return Observed(flight.work, now - before_s)
 
@@ -219,8 +200,8 @@ class Scheduler:
 
     def _take_decodes(self, slices: list[Slice], parts: list[_Part], budget: int) -> int:
         """Ready sequences, at most an even share per stage; returns the tokens taken."""
-        num_decoding = len(self.running) - len(self._prefilling)
-        share = min(budget, -(-num_decoding // self._config.num_stages))
+        num_decoding = len(self.running) - len(self.prefilling)
+        share = min(budget, -(-num_decoding // self.config.num_stages))
         num_taken = 0
         for rid, seq in list(self._ready.items()):
             if num_taken == share:
@@ -235,7 +216,7 @@ class Scheduler:
     def _take_prefills(self, slices: list[Slice], parts: list[_Part], budget: int) -> int:
         """The next chunks of prompts that were begun; returns the tokens taken."""
         left = budget
-        for seq in sorted(self._prefilling.values(), key=lambda s: s.order):
+        for seq in sorted(self.prefilling.values(), key=lambda s: s.order):
             if not left:
                 break
             left -= self._issue_chunk(seq, left, slices, parts)
@@ -243,7 +224,7 @@ class Scheduler:
 
     def _take_waiting(self, slices: list[Slice], parts: list[_Part], budget: int) -> None:
         """Admit in order while budget, pages and `max_running` allow."""
-        while budget and self.waiting and len(self.running) < self._config.max_running:
+        while budget and self.waiting and len(self.running) < self.config.max_running:
             seq = next(iter(self.waiting.values()))
             if not self._admit(seq):
                 break
@@ -254,23 +235,23 @@ class Scheduler:
 
         When a replica takes over the sequences of another they are all there at once.
         """
-        num_stages, enough = self._config.num_stages, self._config.num_stages * self._config.max_step_tokens
-        outstanding = sum(len(seq.tokens) - seq.num_done for seq in self._prefilling.values())
+        num_stages, enough = self.config.num_stages, self.config.num_stages * self.config.max_step_tokens
+        outstanding = sum(len(seq.tokens) - seq.num_done for seq in self.prefilling.values())
         for seq in self.waiting.values():
             if outstanding >= enough:
                 break
             outstanding += len(seq.tokens)
         return max(MIN_CHUNK_TOKENS, -(-outstanding // num_stages)) if num_stages > 1 else enough
 
-    def _gentle_tokens(self, pace: Pace | None, num_decoding: int) -> int:
+    def gentle_tokens(self, pace: Pace | None, num_decoding: int) -> int:
         """Prompt tokens for one step, at most, for running streams to keep their inter-token objective.
 
         A stream has a token in every `num_stages`-th step.
         """
-        itl_s, most = self._config.slo.itl_s, self._config.max_step_tokens
+        itl_s, most = self.config.slo.itl_s, self.config.max_step_tokens
         if itl_s is None or pace is None or pace.costs is None or not num_decoding:
             return most
-        left_s = itl_s / self._config.num_stages - pace.step_s(Work(0.0, num_decoding))
+        left_s = itl_s / self.config.num_stages - pace.step_s(Work(0.0, num_decoding))
         token_s = pace.costs[1]
         return min(most, max(MIN_ITL_CHUNK_TOKENS, int(left_s / token_s))) if token_s > 0 else most
 
@@ -286,83 +267,17 @@ class Scheduler:
 
     def late(self, now: float) -> list[Sequence]:
         """Those that wait, are late, and asked to be dropped then."""
-        return [s for s in self.waiting.values() if s.request.terms.drops_late and not s.num_emitted and now > s.due_s]
-
-    # -- what a newcomer would meet ------------------------------------------------------------------------------------
-
-    def forecast(self, seq: Sequence, pace: Pace, now: float) -> Forecast:
-        """When `seq` would have its first token here, and whether somebody would be late for it. O(queue).
-
-        Steps end one after the other: those in flight, then as many as it takes to compute the prompts before it and
-        its own, beside the tokens of those who run by then. It also needs a place and pages: those who run give theirs
-        back when they end.
-        """
-        ahead = [*self._prefilling.values(), *(s for s in self.waiting.values() if s.order < seq.order)]
-        behind = [s for s in self.waiting.values() if s.order > seq.order]
-        own = Work(len(seq.tokens) - self.hit_tokens(seq), 0.0, len(seq.tokens) ** 2 / 2e3)
-        before_s, rows = self._before_s(ahead, pace)
-        place_s = self._place_s(seq, len(ahead) - len(self._prefilling), pace, rows)
-        own_s = self._prompt_s(own, pace, rows)
-        wait_s = max(before_s, place_s)
-        harms = bool(behind) and self._harms(behind, wait_s + own_s, pace, rows, now)
-        return Forecast(self._replica, wait_s, own_s, harms, self.load_tokens)
-
-    def wait_s(self, pace: Pace) -> float:
-        """Until the computation of a newcomer would begin that comes after all others."""
-        return self._before_s([*self._prefilling.values(), *self.waiting.values()], pace)[0]
-
-    def prompt_tokens(self, tenant: str | None = None) -> int:
-        """Tokens of prompts that are yet to be computed, of one tenant or of all. O(queue)."""
-        live = (*self._prefilling.values(), *self.waiting.values())
-        return sum(len(s.tokens) - s.num_sent for s in live if tenant is None or s.request.terms.tenant == tenant)
-
-    def _before_s(self, ahead: list[Sequence], pace: Pace) -> tuple[float, float]:
-        """Seconds of the steps in flight and of the prompts `ahead`; decoding rows in a step meanwhile."""
-        num_decoding = len(self.running) - len(self._prefilling)
-        rows = min(self._config.max_running, num_decoding + len(ahead) / 2) / self._config.num_stages
-        work = Work(
-            sum(len(s.tokens) - s.num_sent for s in ahead),
-            0.0,
-            sum(len(s.tokens) ** 2 - s.num_sent**2 for s in ahead) / 2e3,
-        )
-        flying_s = sum(pace.step_s(flight.work) for flight in self._flights.values())
-        return flying_s + (self._prompt_s(work, pace, rows) if ahead else 0.0), rows
-
-    def _prompt_s(self, work: Work, pace: Pace, rows: float) -> float:
-        """Seconds to compute prompts in steps that carry `rows` decoding rows as well."""
-        budget = min(self._config.max_step_tokens, self._gentle_tokens(pace, int(rows))) - int(rows)
-        num_steps = max(1.0, work.prompt_tokens / max(1, budget))
-        return (num_steps - 1) * pace.step_s(Work(0.0, rows)) + pace.step_s(
-            Work(work.prompt_tokens, rows, work.attended_kpairs)
-        )
-
-    def _place_s(self, seq: Sequence, num_ahead: int, pace: Pace, rows: float) -> float:
-        """Seconds until there is a place among the running, and pages."""
-        num_missing = num_ahead + 1 - (self._config.max_running - len(self.running))
-        page_tokens = self._config.page_tokens
-        needed = sum(-(-len(s.tokens) // page_tokens) for s in (seq, *self.waiting.values())) + len(self.running)
-        num_held = max(1, self.pool.num_held // max(1, len(self.running)))
-        num_missing = max(num_missing, -(-(needed - self.pool.num_available) // num_held))
-        if num_missing <= 0 or not self.running:
-            return 0.0
-        lengths = sorted(max(1, s.limit_tokens - len(s.tokens)) for s in self.running.values())
-        rounds, last = divmod(num_missing - 1, len(lengths))
-        num_tokens = self._totals.length_ratio * (rounds * lengths[-1] + lengths[last])
-        return num_tokens * self._config.num_stages * pace.step_s(Work(0.0, rows))
-
-    def _harms(self, behind: list[Sequence], until_s: float, pace: Pace, rows: float, now: float) -> bool:
-        """Whether somebody of those `behind` who is in time now would be late if their turn came after `until_s`."""
-        for other in behind:
-            until_s += self._prompt_s(Work(len(other.tokens)), pace, rows)
-            if not other.is_late and now + until_s > other.deadline_s:
-                return True
-        return False
+        return [
+            s
+            for s in self.waiting.values()
+            if s.request.terms.drops_late and not s.num_emitted and (s.is_late or now > s.due_s)
+        ]
 
     def _issue_chunk(self, seq: Sequence, budget: int, slices: list[Slice], parts: list[_Part]) -> int:
         left = len(seq.tokens) - seq.num_sent
         num_tokens = min(budget, left, self._longest_chunk(seq))
         if num_tokens == left:
-            del self._prefilling[seq.rid]
+            del self.prefilling[seq.rid]
         self._issue(seq, num_tokens, slices, parts)
         return num_tokens
 
@@ -371,13 +286,13 @@ class Scheduler:
 
         Its first token then comes after (2 PP - 1) / PP of one stage's work on the whole prompt, and not after PP.
         """
-        num_stages = self._config.num_stages
+        num_stages = self.config.num_stages
         return max(MIN_CHUNK_TOKENS, -(-len(seq.tokens) // num_stages)) if num_stages > 1 else len(seq.tokens)
 
     def _issue(self, seq: Sequence, num_tokens: int, slices: list[Slice], parts: list[_Part]) -> None:
         start, end = seq.num_sent, seq.num_sent + num_tokens
         samples = end == len(seq.tokens)
-        pages = seq.pages[: -(-end // self._config.page_tokens)]
+        pages = seq.pages[: -(-end // self.config.page_tokens)]
         slices.append(Slice(start, seq.tokens[start:end], pages, seq.sample() if samples else None))
         parts.append(_Part(seq, end, samples))
         seq.num_sent = end
@@ -387,10 +302,10 @@ class Scheduler:
 
     def _match(self, seq: Sequence) -> list[int]:
         """Cached pages of `seq`. The last known token is never among them: its logits are needed."""
-        if not self._config.prefix_cache:
+        if not self.config.prefix_cache:
             return []
-        num_pages = (len(seq.tokens) - 1) // self._config.page_tokens
-        extend_chain(seq.chain, seq.tokens, self._config.page_tokens, num_pages)
+        num_pages = (len(seq.tokens) - 1) // self.config.page_tokens
+        extend_chain(seq.chain, seq.tokens, self.config.page_tokens, num_pages)
         return self.pool.match(seq.chain[:num_pages])
 
     def _admit(self, seq: Sequence) -> bool:
@@ -399,15 +314,15 @@ class Scheduler:
         One page for each running sequence stays free, or the newcomer would soon be preempted for their growth.
         """
         cached = self._match(seq)
-        num_new = -(-len(seq.tokens) // self._config.page_tokens) - len(cached)
+        num_new = -(-len(seq.tokens) // self.config.page_tokens) - len(cached)
         if not self.pool.can_allocate(num_new + len(self.running), beside=cached):
             return False
         self.pool.hold(cached)
         seq.pages = cached + self.pool.allocate(num_new)
-        seq.num_sent = seq.num_done = len(cached) * self._config.page_tokens
+        seq.num_sent = seq.num_done = len(cached) * self.config.page_tokens
         seq.num_published = len(cached)
         self.load_tokens -= seq.num_done
-        self.running[seq.rid] = self._prefilling[seq.rid] = self.waiting.pop(seq.rid)
+        self.running[seq.rid] = self.prefilling[seq.rid] = self.waiting.pop(seq.rid)
         if not seq.was_admitted:
             self._count_admission(seq)
         return True
@@ -420,13 +335,13 @@ class Scheduler:
         seq.was_admitted = True
         seq.num_cached = min(seq.num_done, seq.num_prompt)
         self._totals.prompt_tokens += seq.num_prompt
-        if self._config.prefix_cache:
+        if self.config.prefix_cache:
             self._totals.prefix_query_tokens += seq.num_prompt
             self._totals.prefix_hit_tokens += seq.num_cached
 
     def _grow(self, seq: Sequence) -> bool:
         """See that there is a page for the next token, from a later arrival if need be; False: not in this step."""
-        if len(seq.pages) * self._config.page_tokens > seq.num_sent:
+        if len(seq.pages) * self.config.page_tokens > seq.num_sent:
             return True
         while not self.pool.can_allocate(1):
             later = [s for s in self.running.values() if s.arrival > seq.arrival and not s.num_in_flight]
@@ -447,7 +362,7 @@ class Scheduler:
 
     def _stop_running(self, seq: Sequence) -> None:
         del self.running[seq.rid]
-        self._prefilling.pop(seq.rid, None)
+        self.prefilling.pop(seq.rid, None)
         self._ready.pop(seq.rid, None)
 
     def _release(self, seq: Sequence) -> None:
@@ -460,10 +375,10 @@ class Scheduler:
         """The KV of the tokens [0, end) is computed: pages that are full by now may be read by others."""
         self.load_tokens -= end - seq.num_done
         seq.num_done = end
-        num_full = end // self._config.page_tokens
-        if num_full == seq.num_published or not self._config.prefix_cache:
+        num_full = end // self.config.page_tokens
+        if num_full == seq.num_published or not self.config.prefix_cache:
             return
-        extend_chain(seq.chain, seq.tokens, self._config.page_tokens, num_full)
+        extend_chain(seq.chain, seq.tokens, self.config.page_tokens, num_full)
         for i in range(seq.num_published, num_full):
             self.pool.publish(seq.pages[i], seq.chain[i])
         seq.num_published = num_full
@@ -494,21 +409,9 @@ class Scheduler:
         assert not any(seq.pages for seq in self.waiting.values()), "a waiting sequence holds pages"
         orders = [seq.order for seq in self.waiting.values()]
         assert orders == sorted(orders), "the queue is not in the order of its deadlines"
-        assert not self._ready.keys() & self._prefilling.keys(), "a sequence is both ready and prefilling"
+        assert not self._ready.keys() & self.prefilling.keys(), "a sequence is both ready and prefilling"
         for rid, seq in self.running.items():
-            is_idle = rid in self._ready or rid in self._prefilling
+            is_idle = rid in self._ready or rid in self.prefilling
             assert is_idle or seq.num_in_flight, f"{rid} runs but nothing is in flight for it"
         live = [*self.waiting.values(), *self.running.values()]
         assert self.load_tokens == sum(seq.work_tokens for seq in live), "the load has drifted"
-
-
-def _work_of(slices: list[Slice]) -> Work:
-    prompt_tokens = rows = pairs = 0
-    for part in slices:
-        num_tokens = len(part.tokens)
-        if num_tokens == 1:
-            rows += 1
-        else:
-            prompt_tokens += num_tokens
-        pairs += num_tokens * (part.start + num_tokens // 2)
-    return Work(prompt_tokens, rows, pairs / 1e3)

@@ -21,6 +21,7 @@ class Sequence:
         "due_s",
         "end_ids",
         "finish",
+        "foreseen_s",
         "is_late",
         "limit_tokens",
         "logprobs",
@@ -67,6 +68,7 @@ class Sequence:
         self.due_s = self.deadline_s = math.inf  # of its first token: as promised, and as it counts in the queue
         self.is_late = False
         self.predicted_ttft_s: float | None = None
+        self.foreseen_s = 0.0  # from its judgement to its first token, as the pace had it
         self.num_fruitless = 0  # losses in a row, with the same tokens known
         self.num_known_then = 0
         self.restart()

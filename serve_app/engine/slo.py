@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from serve_app.engine.places import Places, key_of
+from serve_app.engine.places import Asked, Places, key_of
 from serve_app.engine.request import Refusal, Request
 
 FAIR_FACTOR = 8.0  # times the free budget that one tenant may hold: alone it has 8/9 of all
 OUTAGE_S = 3.0  # that a cell without a replica is taken to need
-BIASES = 64  # first tokens whose lateness is remembered
+DUE_SLACK = 0.05  # of the objective, and of all shares: who comes back in its time finds so much more room
+LEARN_FROM = 0.05  # of the objective: what is shorter says little of the rest
+MIN_BIASES, BIASES = 8, 64  # first tokens whose lateness is remembered
 
 
 class SloConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +37,7 @@ class Forecast(msgspec.Struct, frozen=True):
     replica: int
     wait_s: float  # until its own computation begins
     own_s: float  # what that takes
+    cost_s: float  # by how much all who come after it have to wait longer
     harms: bool  # somebody who was let in would be late
     load_tokens: int  # outstanding there
 
@@ -49,8 +52,8 @@ class Queue:
 
     num_queued: int
     num_tokens: int  # prompt tokens to be computed
-    tenant_s: float  # seconds of the asking tenant's own
-    total_s: float  # seconds of all tenants', over all replicas
+    tenant_part: float  # of them the asking tenant's, 0..1
+    total_s: float  # seconds that they take one replica
 
 
 class Admission:
@@ -60,7 +63,8 @@ class Admission:
         self._config = config
         self._places = Places()
         self._biases: list[float] = []
-        self.bias = 1.0
+        self.bias = 1.0  # what a forecast is multiplied with to judge: three of four were not higher
+        self.middle = 1.0  # the same to tell what is most likely
         self.refused: dict[str, int] = {}
         self.draining = False
 
@@ -70,32 +74,47 @@ class Admission:
             return math.inf
         return request.terms.ttft_s or self._config.ttft_s
 
-    def learn(self, predicted_s: float, actual_s: float) -> None:
-        """Of a first token: predictions that are always too low, or too high, are set right."""
-        if predicted_s < 0.5:
+    def learn(self, foreseen_s: float, actual_s: float) -> None:
+        """Of a first token: forecasts that are always too low, or too high, are set right.
+
+        `foreseen_s` is without the bias, or what was learned late would be learned twice.
+        """
+        if foreseen_s < LEARN_FROM * (self._config.ttft_s or math.inf):
             return
-        self._biases = [*self._biases[1 - BIASES :], actual_s / predicted_s * self.bias]
-        middle = sorted(self._biases)[len(self._biases) // 2] if len(self._biases) >= 8 else 1.0
-        self.bias = min(2.0, max(0.7, middle))
+        self._biases = [*self._biases[1 - BIASES :], actual_s / foreseen_s]
+        if len(self._biases) >= MIN_BIASES:
+            biases = sorted(self._biases)
+            self.bias = min(2.0, max(0.8, biases[len(biases) * 3 // 4]))
+            self.middle = min(2.0, max(0.5, biases[len(biases) // 2]))
 
     def judge(
-        self, request: Request, forecast: Forecast | None, queue: Queue, num_replicas: int, now: float
+        self,
+        request: Request,
+        forecast: Forecast | None,
+        queue: Queue,
+        num_replicas: int,
+        now: float,
+        outage_s: float | None = None,
     ) -> Refusal | None:
-        """None: let it in. `forecast` is of the best replica; None while no pace is known."""
+        """None: let it in. `forecast` is of the best replica; None while no pace is known.
+
+        `outage_s`: for how long no replica has been serving; None while one does, or none has yet.
+        """
         self._places.look(now)
         refusal = self._limits(request, queue)
-        if refusal is None and forecast is not None and self._config.ttft_s is not None:
-            refusal = self._slo(request, forecast, queue, max(1, num_replicas), now)
+        if refusal is None and self._config.ttft_s is not None:
+            if outage_s is not None:
+                refusal = self._no_capacity(request, queue, outage_s)
+            elif forecast is not None:
+                refusal = self._slo(request, forecast, queue, max(1, num_replicas), now)
         return self._counted(refusal)
 
-    def no_capacity(self, request: Request, backlog_s: float, outage_s: float) -> Refusal | None:
-        """The same while no replica serves: `backlog_s` is what waits, `outage_s` how long there has been none."""
-        if self._config.ttft_s is None:
+    def _no_capacity(self, request: Request, queue: Queue, outage_s: float) -> Refusal | None:
+        """Whether an outage that has lasted so long leaves time for it."""
+        wait_s = max(OUTAGE_S, outage_s) + queue.total_s
+        if wait_s + request.terms.waited_s <= self._target_s(request):
             return None
-        wait_s = max(OUTAGE_S, outage_s) + backlog_s
-        if wait_s <= self._target_s(request):
-            return None
-        return self._counted(Refusal(request.rid, "no-capacity", "no replica serves at the moment", max(1.0, wait_s)))
+        return Refusal(request.rid, "no-capacity", "no replica serves at the moment", math.ceil(wait_s))
 
     def late(self, request: Request) -> Refusal:
         """Of one that wanted to be dropped rather than served late."""
@@ -129,30 +148,28 @@ class Admission:
 
     def _slo(self, request: Request, forecast: Forecast, queue: Queue, num_replicas: int, now: float) -> Refusal | None:
         own_s = forecast.own_s * self.bias
-        wait_s = forecast.wait_s * self.bias + request.terms.waited_s
-        room_s = self._target_s(request) - own_s  # for waiting
-        if room_s <= 0:
+        wait_s = forecast.wait_s * self.bias
+        room_s = self._target_s(request) - request.terms.waited_s - own_s  # for waiting
+        if room_s + request.terms.waited_s <= 0:
             text = f"its prompt alone takes {own_s:.1f} s: ask for a higher objective by x-slo-ttft-ms"
             return Refusal(request.rid, "ttft-unreachable", text, 0.0)
-        key = key_of(request)
-        if self._places.is_due(key, now):
-            reason, over_s = "ttft", wait_s - room_s
+        share = request.terms.share
+        asked = Asked(key_of(request), request.terms.tenant, share, forecast.cost_s * self.bias)
+        is_due = self._places.is_due(asked.key, now)
+        if is_due:
+            room_s = room_s * min(1.0, share + DUE_SLACK) + DUE_SLACK * self.objective_s(request)
         else:
-            room_s *= request.terms.share
-            reason, over_s = self._over(forecast, queue, num_replicas, wait_s, room_s)
+            room_s *= share
+        fair_s = (FAIR_FACTOR * room_s + (1.0 - queue.tenant_part) * wait_s) / (1.0 + FAIR_FACTOR)
+        reason = "fair-share" if fair_s < wait_s <= room_s else "ttft"
+        over_s = max(0.0, wait_s - fair_s)
+        if not is_due:
+            over_s = self._places.over_s(asked, wait_s, fair_s, num_replicas, now)
+        if forecast.harms:
+            over_s = max(over_s, own_s)
         if over_s > 0:
             text = "its first token could not come in time: the server is at its limit"
-            return Refusal(request.rid, reason, text, self._places.keep(key, over_s, own_s, now))
-        if self._places.is_due(key, now):
-            self._places.take(key)
+            return Refusal(request.rid, reason, text, self._places.keep(asked, over_s, now))
+        if is_due:
+            self._places.take(asked.key)
         return None
-
-    def _over(
-        self, forecast: Forecast, queue: Queue, num_replicas: int, wait_s: float, room_s: float
-    ) -> tuple[str, float]:
-        """Why a newcomer is too much, and by how many seconds; at most 0 if it is not."""
-        over_s = wait_s + self._places.expected_s / num_replicas - room_s
-        if over_s > 0 or forecast.harms:
-            return "ttft", max(over_s, forecast.own_s)
-        free_s = max(0.0, room_s - queue.total_s * self.bias / num_replicas)
-        return "fair-share", queue.tenant_s * self.bias / num_replicas - FAIR_FACTOR * free_s

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from serve_app.ingress.client import Engine, EngineUnavailableError
 from serve_app.ingress.guard import require_admin
 from serve_app.ingress.health import json_response
-from serve_app.ingress.openapi import EVENTS_OPENAPI, PLACEMENT_OPENAPI, PROCESSES_OPENAPI
+from serve_app.ingress.openapi.operators import EVENTS_OPENAPI, PLACEMENT_OPENAPI, PROCESSES_OPENAPI
 
 _After = Annotated[float, Query(description="Unix seconds: only what happened later")]
 

@@ -1,11 +1,14 @@
 """The FastAPI application: `/generate` in two dialects, health, placement, metrics, models."""
 
 import asyncio
+from collections.abc import Mapping
+from http import HTTPStatus
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from serve_app import __version__
 from serve_app.ingress import sglang, tgi
@@ -13,12 +16,15 @@ from serve_app.ingress.admin import admin_routes
 from serve_app.ingress.body import set_fields
 from serve_app.ingress.call import Runner
 from serve_app.ingress.client import Engine
+from serve_app.ingress.docs_page import docs_routes
 from serve_app.ingress.door import Door, Limits, ModelInfo
 from serve_app.ingress.faults import BadInputError
-from serve_app.ingress.guard import Protection, protect
-from serve_app.ingress.health import ask, health_routes, json_response
+from serve_app.ingress.guard import Protection, fault, protect
+from serve_app.ingress.health import ask, health_routes
 from serve_app.ingress.openai.routes import openai_routes
-from serve_app.ingress.openapi import GENERATE_OPENAPI, OctavoApi
+from serve_app.ingress.openapi.document import OctavoApi
+from serve_app.ingress.openapi.generate import GENERATE_OPENAPI
+from serve_app.ingress.openapi.operators import METRICS_OPENAPI
 from serve_app.ingress.operations import abort_routes, operation_routes
 from serve_app.ingress.serving import Dialect, Service
 from serve_app.ingress.terms import Policy
@@ -50,8 +56,9 @@ def create_app(
     limits = limits or Limits()
     metrics = ServingMetrics(model.name, model.max_context_tokens, book=book, objective=objective)
     door = Door(tokenizer, model, limits)
-    app = OctavoApi(title="Octavo", version=__version__, docs_url=None, redoc_url=None)  # those pages need a CDN
-    service = Service(door, Runner(engine, tokenizer, metrics), names_answers, policy or Policy())
+    policy = policy or Policy()
+    app = OctavoApi(model, policy.slo, title="Octavo", version=__version__, docs_url=None, redoc_url=None)
+    service = Service(door, Runner(engine, tokenizer, metrics), names_answers, policy)
     app.include_router(_generate_route(service))
     app.include_router(openai_routes(service))
     app.include_router(health_routes(engine, limits.max_status_wait_s))
@@ -59,7 +66,9 @@ def create_app(
     app.include_router(operation_routes(engine, limits.max_placement_wait_s))
     app.include_router(abort_routes(engine, limits.max_status_wait_s))
     app.include_router(_info_routes(engine, metrics, limits.max_status_wait_s))
+    app.include_router(docs_routes())
     app.add_exception_handler(HTTPException, _http_fault)
+    app.add_exception_handler(RequestValidationError, _parameter_fault)
     app.add_exception_handler(Exception, _internal_fault)
     protect(app, protection or Protection())
     trace_requests(app, model.name)
@@ -92,7 +101,7 @@ def _dialect(body: bytes) -> Dialect:
 def _info_routes(engine: Engine, metrics: ServingMetrics, max_wait_s: float) -> APIRouter:
     router = APIRouter(tags=["info"])
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse, openapi_extra=METRICS_OPENAPI)
     async def scrape() -> Response:
         """Prometheus text format."""
         status, _ = await asyncio.gather(ask(engine, max_wait_s), metrics.refresh())
@@ -108,11 +117,23 @@ async def _http_fault(request: Request, error: Exception) -> Response:
     """An unknown path or method. (It has the parameter type that Starlette's registry wants.)"""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
-    response = json_response(error.status_code, {"error": {"message": message, "code": error.status_code}})
-    response.headers.update(error.headers or {})
-    return response
+    return _fault(request, error.status_code, message, error.headers)
+
+
+async def _parameter_fault(request: Request, error: Exception) -> Response:
+    """A parameter in the address that cannot be read."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _fault(request, 422, f"{'.'.join(map(str, first['loc']))}: {first['msg'][:1].lower()}{first['msg'][1:]}")
 
 
 async def _internal_fault(request: Request, error: Exception) -> Response:
     """A fault of ours. The traceback goes to the log, not to the client."""
-    return json_response(500, {"error": {"message": "internal error", "type": "InternalServerError", "code": 500}})
+    return _fault(request, 500, "internal error")
+
+
+def _fault(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """In the words of the dialect that the path belongs to."""
+    kind = HTTPStatus(status).phrase.title().replace(" ", "")
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    return Response(fault(path, status, message, kind), status, headers, media_type="application/json")

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from serve_app.ingress.client import Engine, EngineStatus, EngineUnavailableError
+from serve_app.ingress.openapi.operators import HEALTH_OPENAPI, LIVEZ_OPENAPI, READYZ_OPENAPI
 
 
 async def ask(engine: Engine, max_wait_s: float) -> EngineStatus:
@@ -24,12 +25,12 @@ def health_routes(engine: Engine, max_wait_s: float) -> APIRouter:
     """The three routes. Each answer is JSON."""
     router = APIRouter(tags=["health"])
 
-    @router.get("/livez")
+    @router.get("/livez", openapi_extra=LIVEZ_OPENAPI)
     async def livez() -> Response:
         """200 as long as this process serves."""
         return json_response(200, {"status": "live"})
 
-    @router.get("/readyz", responses={503: {"description": "Not now; `reason` says what is awaited"}})
+    @router.get("/readyz", openapi_extra=READYZ_OPENAPI)
     async def readyz() -> Response:
         """200 when new traffic is welcome. It may be for a while without an engine: it waits for the next one."""
         status = await ask(engine, max_wait_s)
@@ -37,7 +38,7 @@ def health_routes(engine: Engine, max_wait_s: float) -> APIRouter:
             return json_response(200, {"status": "ready"})
         return json_response(503, {"status": "not ready", "reason": status.reason})
 
-    @router.get("/health", responses={503: {"description": "The engine is not there"}})
+    @router.get("/health", openapi_extra=HEALTH_OPENAPI)
     async def health() -> Response:
         """The engine's own account, and what is missing at once. 503 when it is not there and none is awaited."""
         status = await ask(engine, max_wait_s)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from fastapi import APIRouter, Depends
@@ -15,6 +15,16 @@ from serve_app.ingress.client import Engine, EngineUnavailableError
 from serve_app.ingress.faults import BadInputError, BodyTooLargeError
 from serve_app.ingress.guard import Caller, require_admin
 from serve_app.ingress.health import json_response
+from serve_app.ingress.openapi.operators import (
+    OPERATE_OPENAPI,
+    OPERATION_OPENAPI,
+    OPERATIONS_OPENAPI,
+    SILENT,
+    TOO_LARGE,
+)
+from serve_app.ingress.openapi.problems import fault_answers
+from serve_app.ingress.openapi.schemas import Schema, schema_of
+from serve_app.ingress.openapi.words import request_body
 from serve_app.runtime.operations import Operation, OperationRequest
 
 T = TypeVar("T")
@@ -36,7 +46,7 @@ def operation_routes(engine: Engine, max_wait_s: float) -> APIRouter:
     """Orders to a cell, for admins. Each is an operation with an id; the same order twice is the same operation."""
     router = APIRouter(prefix="/admin/operations", tags=["admin"], dependencies=[Depends(require_admin)])
 
-    @router.post("", status_code=202, openapi_extra=_POST_OPENAPI)
+    @router.post("", status_code=202, openapi_extra=OPERATE_OPENAPI)
     async def operate(request: Request) -> Response:
         """Drain, resume or drill the cell. 202: it has begun; 200: it had; 409: another one stands in the way."""
         try:
@@ -48,7 +58,7 @@ def operation_routes(engine: Engine, max_wait_s: float) -> APIRouter:
             return _conflict(begun.operation)
         return json_response(202 if begun.outcome == "new" else 200, begun.operation)
 
-    @router.get("", openapi_extra=_LIST_OPENAPI)
+    @router.get("", openapi_extra=OPERATIONS_OPENAPI)
     async def operations() -> Response:
         """The last hundred, the newest last. A new engine has none."""
         try:
@@ -56,7 +66,7 @@ def operation_routes(engine: Engine, max_wait_s: float) -> APIRouter:
         except _FaultError as fault:
             return fault.response
 
-    @router.get("/{name}", openapi_extra=_GET_OPENAPI)
+    @router.get("/{name}", openapi_extra=OPERATION_OPENAPI)
     async def operation(name: str) -> Response:
         """One of them, by its id."""
         try:
@@ -74,7 +84,7 @@ def abort_routes(engine: Engine, max_wait_s: float) -> APIRouter:
     """Ending requests by the names that clients gave them."""
     router = APIRouter(tags=["generate"])
 
-    @router.post("/abort_request", openapi_extra=_ABORT_OPENAPI)
+    @router.post("/abort_request", response_class=Response, openapi_extra=_ABORT_OPENAPI)
     async def abort_request(request: Request) -> Response:
         """End the caller's request of the name `rid`, wherever it runs; 200 also if there is none.
 
@@ -143,82 +153,14 @@ def _conflict(operation: Operation) -> Response:
     return json_response(409, {"error": error, "operation": operation})
 
 
-# -- OpenAPI ----------------------------------------------------------------------------------------------------------
-
-_FAULT_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "integer"}},
-            "required": ["message", "code"],
-        }
-    },
-    "required": ["error"],
-}
-
-
-def _schema(of: type) -> dict[str, Any]:
-    """Of a struct that holds no other one."""
-    schema: dict[str, Any] = msgspec.json.schema(of)["$defs"][of.__name__]
-    return schema
-
-
-def _json(schema: dict[str, Any], text: str) -> dict[str, Any]:
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
-
-
-def _faults(**texts: str) -> dict[str, Any]:
-    return {name.removeprefix("on_"): _json(_FAULT_SCHEMA, text) for name, text in texts.items()}
-
-
-def _body(of: type, examples: dict[str, Any]) -> dict[str, Any]:
-    shown = {name: {"value": value} for name, value in examples.items()}
-    return {"required": True, "content": {"application/json": {"schema": _schema(of), "examples": shown}}}
-
-
-_OPERATION = _schema(Operation)
-_CONFLICT_SCHEMA = {
-    **_FAULT_SCHEMA,
-    "properties": {**_FAULT_SCHEMA["properties"], "operation": _OPERATION},
-    "required": ["error", "operation"],
-}
-_COMMON = _faults(
-    on_401="A key is needed", on_403="An admin's key is needed", on_503="The engine does not answer; `message` says why"
-)
-_POST_OPENAPI: dict[str, Any] = {
-    "requestBody": _body(
-        OperationRequest, {"drain": {"kind": "drain", "id": "upgrade-7"}, "drill": {"kind": "drill", "role": "router"}}
-    ),
-    "responses": {
-        "200": _json(_OPERATION, "This order was given before: its operation"),
-        "202": _json(_OPERATION, "It has begun"),
-        "409": _json(_CONFLICT_SCHEMA, "Another operation stands in the way"),
-        **_faults(on_400="The order cannot be meant", on_413="The body is too large"),
-        **_COMMON,
-    },
-}
-_LIST_OPENAPI: dict[str, Any] = {
-    "responses": {
-        "200": _json(
-            {
-                "type": "object",
-                "properties": {"operations": {"type": "array", "items": _OPERATION}},
-                "required": ["operations"],
-            },
-            "The last hundred, the newest last",
-        ),
-        **_COMMON,
-    }
-}
-_GET_OPENAPI: dict[str, Any] = {
-    "responses": {"200": _json(_OPERATION, "The operation"), **_faults(on_404="No such operation"), **_COMMON}
-}
-_ABORT_OPENAPI: dict[str, Any] = {
-    "requestBody": _body(AbortFields, {"one": {"rid": "my-request"}, "all": {"abort_all": True}}),
+_ABORT_OPENAPI: Schema = {
+    "requestBody": request_body(schema_of(AbortFields), {"one": {"rid": "my-request"}, "all": {"abort_all": True}}),
     "responses": {
         "200": {"description": "No request of that name runs any more"},
-        **_faults(on_400="Neither a name nor abort_all", on_413="The body is too large"),
-        **_COMMON,
+        **fault_answers(
+            {400: ("rid: a request's name is needed, or abort_all", "BadRequest")} | TOO_LARGE | SILENT,
+            on_400="Neither a name nor abort_all",
+        ),
+        **fault_answers({403: ("abort_all needs an admin's key", "Forbidden")}, on_403="`abort_all` is for admins"),
     },
 }

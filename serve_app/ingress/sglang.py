@@ -47,7 +47,7 @@ _Message = dict[str, Any]
 
 
 class SglangSampling(msgspec.Struct, forbid_unknown_fields=True):
-    """`sampling_params` as written. Null is unset. See _NEUTRAL_SAMPLING for those that must stay neutral."""
+    """`sampling_params` as written. Null is unset. See NEUTRAL_SAMPLING for those that must stay neutral."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
@@ -76,7 +76,7 @@ class SglangSampling(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SglangFields(msgspec.Struct, forbid_unknown_fields=True):
-    """The body as written. Null is unset. See _NEUTRAL for those that must stay neutral."""
+    """The body as written. Null is unset. See NEUTRAL for those that must stay neutral."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
@@ -99,7 +99,7 @@ class SglangFields(msgspec.Struct, forbid_unknown_fields=True):
     custom_logit_processor: Any = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprob_start_len": (-1,),
     "token_ids_logprob": (),
     "return_text_in_logprobs": (False,),
@@ -112,7 +112,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "session_params": (),
     "custom_logit_processor": (),
 }
-_NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "no_stop_trim": (False,),
     "structural_tag": (),
@@ -124,7 +124,7 @@ _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
 def parse(body: bytes, door: Door, ticket: Ticket) -> "SglangCall":
     """Validate and tokenize. Raises BadInputError."""
     fields = decode(body, SglangFields)
-    refuse_unsupported(fields, _NEUTRAL)
+    refuse_unsupported(fields, NEUTRAL)
     name, raw_prompts, is_list = _raw_prompts(fields)
     door.check_count(len(raw_prompts), name)
     samplings = _samplings(fields.sampling_params, len(raw_prompts))
@@ -233,7 +233,7 @@ def _jobs(
 
 
 def _sampling(door: Door, prompt: Prompt, fields: SglangSampling, path: str) -> SamplingParams:
-    refuse_unsupported(fields, _NEUTRAL_SAMPLING, path)
+    refuse_unsupported(fields, NEUTRAL_SAMPLING, path)
     max_new = door.budget_tokens(prompt, fields.max_new_tokens, DEFAULT_NEW_TOKENS, f"{path}max_new_tokens")
     min_new = fields.min_new_tokens or 0
     require(0 <= min_new <= max_new, f"{path}min_new_tokens", f"must be in [0, {max_new}], not {short(min_new)}")
@@ -282,7 +282,7 @@ def _grammar(door: Door, fields: SglangSampling, path: str) -> Grammar | None:
     return None if fields.ebnf is None else door.gbnf(fields.ebnf, f"{path}ebnf")
 
 
-class _MetaInfo(msgspec.Struct, omit_defaults=True):
+class SglangMeta(msgspec.Struct, omit_defaults=True):
     id: str
     finish_reason: dict[str, Any] | None
     prompt_tokens: int
@@ -292,10 +292,10 @@ class _MetaInfo(msgspec.Struct, omit_defaults=True):
     output_top_logprobs: list[list[tuple[float, int, None]]] | msgspec.UnsetType = msgspec.UNSET
 
 
-class _Answer(msgspec.Struct, omit_defaults=True):
+class SglangAnswer(msgspec.Struct, omit_defaults=True):
     text: str
     output_ids: list[int]
-    meta_info: _MetaInfo
+    meta_info: SglangMeta
     index: int | msgspec.UnsetType = msgspec.UNSET  # in streams of several sequences
 
 
@@ -326,8 +326,8 @@ class SglangCall:
             answer.index = index
         return sse_event(_encode(answer), self.progress.advance(index, num_tokens))
 
-    def _answer(self, job: Job, output: Output) -> _Answer:
-        meta = _MetaInfo(
+    def _answer(self, job: Job, output: Output) -> SglangAnswer:
+        meta = SglangMeta(
             id=job.rid,
             finish_reason=_finish_reason(output.finish, len(output.tokens)),
             prompt_tokens=len(job.request.prompt),
@@ -338,7 +338,7 @@ class SglangCall:
             meta.output_token_logprobs = [(piece.logprob, piece.token, None) for piece in output.pieces]
         if job.request.sampling.top_logprobs:
             meta.output_top_logprobs = [[(value, token, None) for token, value in piece.top] for piece in output.pieces]
-        return _Answer(output.text, output.tokens, meta)
+        return SglangAnswer(output.text, output.tokens, meta)
 
 
 def _finish_reason(finish: Finish | None, num_tokens: int) -> dict[str, Any] | None:

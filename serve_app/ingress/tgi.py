@@ -50,7 +50,7 @@ class TgiGrammar(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TgiParameters(msgspec.Struct, forbid_unknown_fields=True):
-    """`parameters` as written. Null is unset. See _NEUTRAL for those that must stay neutral."""
+    """`parameters` as written. Null is unset. See NEUTRAL for those that must stay neutral."""
 
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -79,7 +79,7 @@ class TgiFields(msgspec.Struct, forbid_unknown_fields=True):
     stream: bool | None = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "watermark": (False,),
     "decoder_input_details": (False,),
@@ -92,7 +92,7 @@ def parse(body: bytes, door: Door, ticket: Ticket) -> "TgiCall":
     """Validate and tokenize. Raises BadInputError."""
     fields = decode(body, TgiFields)
     parameters = fields.parameters or TgiParameters()
-    refuse_unsupported(parameters, _NEUTRAL, "parameters.")
+    refuse_unsupported(parameters, NEUTRAL, "parameters.")
     stream, details = bool(fields.stream), bool(parameters.details)
     prompt = _prompt(door, fields.inputs, parameters.truncate)
     name = door.name(ticket)
@@ -159,40 +159,40 @@ def _is_sampled(fields: TgiParameters) -> bool:
     return any(value is not None for value in (fields.temperature, fields.top_k, fields.top_p))
 
 
-class _Token(msgspec.Struct):
+class TgiToken(msgspec.Struct):
     id: int
     text: str
     logprob: float | None
     special: bool
 
 
-class _Details(msgspec.Struct):
+class TgiDetails(msgspec.Struct):
     finish_reason: str
     generated_tokens: int
     seed: int | None  # null where nothing was sampled
-    prefill: list[_Token]
-    tokens: list[_Token]
-    top_tokens: list[list[_Token]] | msgspec.UnsetType = msgspec.UNSET
+    prefill: list[TgiToken]
+    tokens: list[TgiToken]
+    top_tokens: list[list[TgiToken]] | msgspec.UnsetType = msgspec.UNSET
 
 
-class _StreamDetails(msgspec.Struct):
+class TgiStreamDetails(msgspec.Struct):
     finish_reason: str
     generated_tokens: int
     seed: int | None
     input_length: int
 
 
-class _Answer(msgspec.Struct, omit_defaults=True):
+class TgiAnswer(msgspec.Struct, omit_defaults=True):
     generated_text: str
-    details: _Details | msgspec.UnsetType = msgspec.UNSET
+    details: TgiDetails | msgspec.UnsetType = msgspec.UNSET
 
 
-class _Event(msgspec.Struct):
+class TgiEvent(msgspec.Struct):
     index: int  # of the token, from 1
-    token: _Token
+    token: TgiToken
     generated_text: str | None = None
-    details: _StreamDetails | None = None
-    top_tokens: list[_Token] | msgspec.UnsetType = msgspec.UNSET
+    details: TgiStreamDetails | None = None
+    top_tokens: list[TgiToken] | msgspec.UnsetType = msgspec.UNSET
 
 
 _NO_TOKEN = Piece(0, None, "", special=True)  # for an end that came without one: the last event must have a token
@@ -216,10 +216,10 @@ class TgiCall:
     def answer(self, outputs: list[Output]) -> bytes:
         output = outputs[0]
         finish_reason = _finish_reason(output.finish)
-        answer = _Answer(self.prefix + output.text)
+        answer = TgiAnswer(self.prefix + output.text)
         if self.details:
             tokens = [self._token(piece) for piece in output.pieces]
-            answer.details = _Details(finish_reason, len(tokens), self._seed(), [], tokens)
+            answer.details = TgiDetails(finish_reason, len(tokens), self._seed(), [], tokens)
             if self._has_tops:
                 answer.details.top_tokens = [self._top(piece) for piece in output.pieces]
         return _encode(answer)
@@ -229,7 +229,7 @@ class TgiCall:
         numbered = enumerate(pieces, num_tokens - len(pieces) + 1)
         events = [self._event(n, piece) for n, piece in numbered if self.progress.is_news(index, n)]
         if output.finish is not None and not events and self.progress.is_news(index, num_tokens, is_end=True):
-            events = [_Event(num_tokens, self._token(_NO_TOKEN))]
+            events = [TgiEvent(num_tokens, self._token(_NO_TOKEN))]
         if output.finish is not None and events:
             events[-1].generated_text = self.prefix + output.text
             events[-1].details = self._stream_details(index, output)
@@ -239,31 +239,31 @@ class TgiCall:
     def _has_tops(self) -> bool:
         return self.jobs[0].request.sampling.top_logprobs > 0
 
-    def _event(self, number: int, piece: Piece) -> _Event:
-        event = _Event(number, self._token(piece))
+    def _event(self, number: int, piece: Piece) -> TgiEvent:
+        event = TgiEvent(number, self._token(piece))
         if self._has_tops:
             event.top_tokens = self._top(piece)
         return event
 
-    def _top(self, piece: Piece) -> list[_Token]:
+    def _top(self, piece: Piece) -> list[TgiToken]:
         """Each by itself: what it would have become amid the text nobody has decided."""
         decode, special_ids = self.tokenizer.decode, self.tokenizer.special_ids
         return [
-            _Token(token, decode([token], skip_special_tokens=False), logprob, token in special_ids)
+            TgiToken(token, decode([token], skip_special_tokens=False), logprob, token in special_ids)
             for token, logprob in piece.top
         ]
 
-    def _stream_details(self, index: int, output: Output) -> _StreamDetails:
+    def _stream_details(self, index: int, output: Output) -> TgiStreamDetails:
         num_prompt = len(self.jobs[index].request.prompt)
-        return _StreamDetails(_finish_reason(output.finish), len(output.pieces), self._seed(), num_prompt)
+        return TgiStreamDetails(_finish_reason(output.finish), len(output.pieces), self._seed(), num_prompt)
 
-    def _token(self, piece: Piece) -> _Token:
+    def _token(self, piece: Piece) -> TgiToken:
         """A special token shows its own name, unless it carries text that was held back before it."""
         if piece is _NO_TOKEN:
-            return _Token(piece.token, piece.text, piece.logprob, piece.special)
+            return TgiToken(piece.token, piece.text, piece.logprob, piece.special)
         special = piece.special and not piece.text
         text = self.tokenizer.decode([piece.token], skip_special_tokens=False) if special else piece.text
-        return _Token(piece.token, text, piece.logprob, special)
+        return TgiToken(piece.token, text, piece.logprob, special)
 
     def _seed(self) -> int | None:
         sampling = self.jobs[0].request.sampling

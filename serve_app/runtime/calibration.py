@@ -42,6 +42,7 @@ class Calibration:
         self._path = path
         self._pending: set[str] = set()
         self._rounds: list[list[Request]] = []
+        self._num_replicas = 0
         self._has_begun = False
         self._until_s = 0.0
         self.is_over = core.config.slo.ttft_s is None
@@ -69,11 +70,12 @@ class Calibration:
             self._pending.discard(emission.rid)
 
     def _begin(self, num_replicas: int, now: float) -> None:
-        self._has_begun = True
+        self._has_begun, self._num_replicas = True, num_replicas
         known = self._read()
         stats = self._core.stats()
         if known or stats.running or stats.waiting:  # a cell that is at work learns from that
-            self._core.paces.seed(num_replicas, known)
+            if known:
+                self._core.paces.seed(num_replicas, known)
             self.is_over = True
             return
         self._until_s = now + LIMIT_S
@@ -86,9 +88,11 @@ class Calibration:
         if not self._rounds:
             self.is_over = True
             observed = self._core.paces.of(num_replicas).observed
-            self._core.reset_totals()
+            if self._core.is_idle:  # somebody may have come meanwhile, or a cancelled step may still be under way
+                self._core.reset_totals()
             self._core.paces.seed(num_replicas, observed)
-            self._write(observed)
+            if num_replicas == self._num_replicas:  # else a worker was lost in the midst: that is no whole cell's pace
+                self._write(observed)
             log.info("calibrated by %d steps: %s", len(observed), self._core.paces.of(num_replicas).costs)
             return
         requests = self._rounds.pop(0)

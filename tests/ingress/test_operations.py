@@ -323,11 +323,14 @@ async def test_what_is_not_known_is_404_and_an_engine_that_is_not_there_503(toke
 
 @pytest.mark.anyio
 async def test_openapi_describes_the_orders(world):
-    paths = (await world.client.get("/openapi.json")).json()["paths"]
+    document = (await world.client.get("/openapi.json")).json()
+    paths = document["paths"]
     post = paths[PATH]["post"]
     assert {"200", "202", "400", "401", "403", "409", "413", "503"} <= set(post["responses"])
     body = post["requestBody"]["content"]["application/json"]
-    assert set(body["schema"]["properties"]) == set(OperationRequest.__struct_fields__)
+    assert body["schema"] == {"$ref": "#/components/schemas/OperationRequest"}
+    schema = document["components"]["schemas"]["OperationRequest"]
+    assert set(schema["properties"]) == set(OperationRequest.__struct_fields__)
     for example in body["examples"].values():
         msgspec.convert(example["value"], OperationRequest).completed()
     assert "404" in paths[f"{PATH}/{{name}}"]["get"]["responses"]

@@ -10,6 +10,7 @@ from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from serve_app.engine.core import EngineConfig, EngineCore
@@ -180,11 +181,13 @@ def request(rid="r"):
 
 async def test_tokens_come_as_they_are_made(world, engine):
     reader = Reader(world.client, request())
-    assert await engine.next() == request()
+    asked = await engine.next()
+    assert msgspec.structs.replace(asked, terms=request().terms) == request()
+    assert not asked.terms.is_accepted and asked.terms.waited_s >= 0
     engine.emit("r", 0, [5, 6], logprobs=[-0.1, -0.2], num_cached=2)
     engine.emit("r", 2, [7], "stop", logprobs=[-0.3], num_cached=2)
     assert await reader.end() == [5, 6, 7]
-    assert [emission.logprobs for emission in reader.emissions] == [[-0.1, -0.2], [-0.3]]
+    assert [logprob for emission in reader.emissions for logprob in emission.logprobs] == [-0.1, -0.2, -0.3]
     assert engine.asked.empty()
 
 

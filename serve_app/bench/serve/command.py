@@ -68,7 +68,7 @@ def load_test(
     dialect: _Dialect = Dialect.SGLANG,
     retry: _Retry = False,
     capacity: _Capacity = None,
-    capacity_streams: _Streams = 32,
+    capacity_streams: _Streams = 64,
     capacity_s: _CapacityS = 40.0,
     hang_up_s: _HangUpS = 60.0,
     drain_s: _DrainS = 120.0,

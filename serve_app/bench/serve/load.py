@@ -16,7 +16,7 @@ from serve_app.bench.serve.record import Clock, Record
 
 MAX_RETRIES = 3
 MAX_RETRY_WAIT_S = 600.0  # whoever is told to wait longer stays away
-UNTOLD_WAIT_S = 1.0  # in a closed loop, after a refusal that names no time, or an error
+REFUSED_WAIT_S = 1.0  # in a closed loop, after a refusal or an error: a server's limit is found by pressing on
 WARM_UP_S = 60.0  # at most
 
 
@@ -77,6 +77,7 @@ class ClosedLoad:
         self._lengths = lengths
         self._num_streams = num_streams
         self._warm = asyncio.Event()
+        self._num_ended = 0
         self.records: list[Record] = []
 
     async def run(self, clock: Clock, measure_s: float) -> tuple[float, float]:
@@ -95,7 +96,7 @@ class ClosedLoad:
         return begin_s, end_s
 
     async def _warm_up(self) -> None:
-        """Until as many have ended as there are streams, however they did."""
+        """Until as many have ended as there are streams, without those that were refused."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._warm.wait(), WARM_UP_S)
 
@@ -104,10 +105,11 @@ class ClosedLoad:
             record = Record(Arrival(0.0, prompt_tokens, output_tokens))
             await self._client.send(record, *self._asks.make(record.arrival))
             self.records.append(record)
-            if len(self.records) >= self._num_streams:
+            self._num_ended += not record.is_refused
+            if self._num_ended >= self._num_streams:
                 self._warm.set()
             if record.is_refused or record.error:
-                await asyncio.sleep(min(record.tries[-1].retry_after_s or UNTOLD_WAIT_S, MAX_RETRY_WAIT_S))
+                await asyncio.sleep(REFUSED_WAIT_S)
 
     def _complaint(self) -> str:
         return self.records[0].error if self.records else f"no request has ended within {WARM_UP_S:g} s"

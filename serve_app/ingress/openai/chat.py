@@ -97,7 +97,19 @@ class ChatFields(CommonFields, kw_only=True, forbid_unknown_fields=True):
     mm_processor_kwargs: Any = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+HINTS = (
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "verbosity",
+    "reasoning_effort",
+    "include_reasoning",
+)
+CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **NEUTRAL,
     "modalities": (["text"],),
     "audio": (),
@@ -144,7 +156,7 @@ class Chat:
     def _parse(self, fields: ChatFields, door: Door, ticket: Ticket) -> ChatCall:
         check_common(door, fields)
         _check_logprobs(fields)
-        refuse_unsupported(fields, _NEUTRAL)
+        refuse_unsupported(fields, CHAT_NEUTRAL)
         door.check_count(fields.n or 1, "n")
         stops = door.stops(fields.stop, "stop")
         tools = toolbox(fields.tools, fields.tool_choice)

@@ -55,7 +55,7 @@ class CompletionFields(CommonFields, kw_only=True, forbid_unknown_fields=True):
     response_format: Any = None
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **NEUTRAL,
     "suffix": ("",),
     "add_special_tokens": (True,),
@@ -81,7 +81,7 @@ class Completions:
 
     def _parse(self, fields: CompletionFields, door: Door, ticket: Ticket) -> "CompletionCall":
         check_common(door, fields)
-        refuse_unsupported(fields, _NEUTRAL)
+        refuse_unsupported(fields, COMPLETION_NEUTRAL)
         require(not fields.echo or fields.logprobs is None, "echo", "not supported together with logprobs")
         raw_prompts = _raw_prompts(fields.prompt)
         num_copies = fields.n or 1

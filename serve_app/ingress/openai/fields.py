@@ -102,6 +102,7 @@ class CommonFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     vllm_xargs: Any = None
 
 
+HINTS = ("user", "priority")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "spaces_between_special_tokens": (True,),

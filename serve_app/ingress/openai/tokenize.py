@@ -45,7 +45,7 @@ class DetokenizeAnswer(msgspec.Struct):
     prompt: str
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"continue_final_message": (False,), "chat_template": ()}
+TOKENIZE_NEUTRAL: dict[str, tuple[Any, ...]] = {"continue_final_message": (False,), "chat_template": ()}
 
 
 def tokenizing(chat: Chat) -> Callable[[bytes, Door], bytes]:
@@ -62,7 +62,7 @@ def tokenizing(chat: Chat) -> Callable[[bytes, Door], bytes]:
 
 def _tokenized(fields: TokenizeFields, chat: Chat, door: Door) -> bytes:
     check_model(door, fields.model)
-    refuse_unsupported(fields, _NEUTRAL)
+    refuse_unsupported(fields, TOKENIZE_NEUTRAL)
     tokens = _tokens(fields, chat, door)
     names = [door.tokenizer.token_name(token) or "" for token in tokens] if fields.return_token_strs else None
     return msgspec.json.encode(TokenizeAnswer(len(tokens), door.model.max_context_tokens, tokens, names))
