@@ -16,7 +16,7 @@ from serve_app.engine.request import Refusal, Request
 
 FAIR_FACTOR = 8.0  # times the free budget that one tenant may hold: alone it has 8/9 of all
 OUTAGE_S = 3.0  # that a cell without a replica is taken to need
-DUE_SLACK = 0.05  # of the objective, and of all shares: who comes back in its time finds so much more room
+DUE_SLACK = 0.1  # of the objective, and of all shares: who comes back in its time finds so much more room
 LEARN_FROM = 0.05  # of the objective: what is shorter says little of the rest
 MIN_BIASES, BIASES = 8, 64  # first tokens whose lateness is remembered
 
