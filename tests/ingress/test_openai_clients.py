@@ -29,7 +29,7 @@ async def test_langchain(world, server):
     assert "".join([chunk.content async for chunk in model.astream(QUESTION)]) == ANSWER
 
 
-@pytest.mark.filterwarnings("ignore:Item .* on TypedDict class:UserWarning")  # pydantic, of types of its
+@pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning")  # pydantic, of types of its
 async def test_litellm(world, server, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices from the internet
     litellm = pytest.importorskip("litellm", reason="litellm is not installed")

@@ -169,7 +169,7 @@ def test_requests_made_from_the_document_are_answered_as_it_says(url, label, mod
     num_cases = math.ceil(NUM_CASES * SHARES[label] / len(modes_of(label)))
     statuses = ask(url, label, mode, num_cases)
     assert sum(statuses.values()) >= num_cases
-    if mode is GenerationMode.NEGATIVE:
+    if mode is GenerationMode.NEGATIVE and num_cases >= 20:  # of a few, all may happen to be harmless
         assert any(400 <= status < 500 for status in statuses)
 
 

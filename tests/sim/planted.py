@@ -41,7 +41,7 @@ class RerunCountedTwice(EngineCore):
         emissions = super()._step_done(done)
         if parts and before and done.epoch == self.epoch and done.step not in scheduler._flights:
             again = [part for part in parts if part.samples and part.seq.finish is None]
-            emissions += [part.seq.accept(token, 0.0) for part, token in zip(again, done.tokens, strict=False)]
+            emissions += [part.seq.accept(token, 0.0, []) for part, token in zip(again, done.tokens, strict=False)]
         return emissions
 
 
