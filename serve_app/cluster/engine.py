@@ -36,7 +36,7 @@ class EngineService:
         self._mesh = self._network.mesh()
         self._cell = Cell(app, config, spec, self._network, self._mesh.address)
         core = cell_core(config, spec)
-        calibration = Calibration(core.core, spec.vocab_size, calibration_path(config, spec))
+        calibration = Calibration(core.core, spec.vocab_size, config.layout.dp, calibration_path(config, spec))
         self._core = EngineLoop(core, self._mesh, self._cell.order, config.resilience.resume_s, calibration)
         if found is not None:
             self._core.note("adopted", "a new engine goes on with the workers that are there")

@@ -97,7 +97,7 @@ class EngineCore:
         return commands
 
     def stats(self) -> EngineStats:
-        """What the engine is doing and has done. O(replicas)."""
+        """What the engine is doing and has done. O(all that waits): the budget depends on it."""
         num_running = sum(len(s.running) for s in self._schedulers.values())
         num_pages = sum(s.pool.num_pages for s in self._schedulers.values())
         return EngineStats(
@@ -333,9 +333,9 @@ class EngineCore:
     def reset_totals(self) -> None:
         """Forget what was counted: it was a rehearsal. The engine must be idle."""
         assert self.is_idle, "requests are live, or steps in flight"
+        self._totals = Totals()
         for scheduler in self._schedulers.values():
-            scheduler.forget_cache()
-        self._totals.__init__()  # type: ignore[misc]
+            scheduler.forget(self._totals)
         self._finished.clear()
         self._kept.clear()
         self._num_submitted = 0

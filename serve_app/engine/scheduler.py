@@ -327,8 +327,9 @@ class Scheduler:
             self._count_admission(seq)
         return True
 
-    def forget_cache(self) -> None:
-        """Nobody holds a page: start with none cached."""
+    def forget(self, totals: Totals) -> None:
+        """Nobody holds a page: start with none cached, and count anew."""
+        self._totals = totals
         self.pool = PagePool(self.pool.num_pages)
 
     def _count_admission(self, seq: Sequence) -> None:

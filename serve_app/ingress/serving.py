@@ -93,8 +93,9 @@ class Service:
     def _stream(
         self, dialect: Dialect, call: Call, headers: dict[str, str], terms: Terms, timeout_s: float | None
     ) -> Response:
+        chunks = self.runner.run(call, call.events, terms)
         return EventStream(
-            all_within(self.runner.run(call, call.events, terms), timeout_s),
+            chunks if timeout_s is None else all_within(chunks, timeout_s),
             call.end,
             headers,
             refuse=lambda error: self._refusal(dialect.fault, error, headers),
@@ -139,9 +140,9 @@ async def within(work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         raise TimedOutError(timeout_s or 0.0) from None
 
 
-async def all_within(chunks: AsyncGenerator[T, None], timeout_s: float | None) -> AsyncGenerator[T, None]:
+async def all_within(chunks: AsyncGenerator[T, None], timeout_s: float) -> AsyncGenerator[T, None]:
     """What `chunks` gives; it is closed when all of it takes longer. Raises TimedOutError."""
-    until_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+    until_s = asyncio.get_running_loop().time() + timeout_s
     async with aclosing(chunks):
         while True:
             try:
@@ -150,5 +151,5 @@ async def all_within(chunks: AsyncGenerator[T, None], timeout_s: float | None) -
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise TimedOutError(timeout_s or 0.0) from None
+                raise TimedOutError(timeout_s) from None
             yield chunk

@@ -34,15 +34,15 @@ Send = Callable[[Submit | Cancel], None]
 
 
 class Calibration:
-    """Of one engine. `path`: where results are kept; None keeps none."""
+    """Of one engine. `num_replicas`: of a whole cell. `path`: where results are kept; None keeps none."""
 
-    def __init__(self, core: EngineCore, vocab_size: int, path: Path | None = None) -> None:
+    def __init__(self, core: EngineCore, vocab_size: int, num_replicas: int, path: Path | None = None) -> None:
         self._core = core
         self._vocab_size = vocab_size
         self._path = path
         self._pending: set[str] = set()
         self._rounds: list[list[Request]] = []
-        self._num_replicas = 0
+        self._num_replicas = num_replicas
         self._has_begun = False
         self._until_s = 0.0
         self.is_over = core.config.slo.ttft_s is None
@@ -51,42 +51,43 @@ class Calibration:
     def is_running(self) -> bool:
         return bool(self._pending)
 
-    def look(self, send: Send, num_replicas: int, now: float) -> None:
+    def look(self, send: Send, now: float) -> None:
         """Begin when the cell is whole and idle, and see that it ends."""
         if self.is_over:
             return
         if not self._has_begun:
-            self._begin(num_replicas, now)
+            self._begin(now)
         elif self._pending and now > self._until_s:
             log.warning("the calibration took longer than %.0f s: it ends with what is known", LIMIT_S)
             self._rounds.clear()
             for rid in list(self._pending):
                 send(Cancel(rid))
         if not self._pending and not self.is_over:
-            self._next(send, num_replicas)
+            self._next(send)
 
     def take(self, emission: Emission) -> None:
         if emission.finish is not None:
             self._pending.discard(emission.rid)
 
-    def _begin(self, num_replicas: int, now: float) -> None:
-        self._has_begun, self._num_replicas = True, num_replicas
+    def _begin(self, now: float) -> None:
+        self._has_begun = True
         known = self._read()
-        stats = self._core.stats()
-        if known or stats.running or stats.waiting:  # a cell that is at work learns from that
-            if known:
-                self._core.paces.seed(num_replicas, known)
+        if known:
+            self._core.paces.seed(self._num_replicas, known)
+        # a cell that is at work learns from that, and one that is not whole has nothing to tell about the whole
+        if known or not self._core.is_idle or self._core.num_replicas != self._num_replicas:
             self.is_over = True
             return
         self._until_s = now + LIMIT_S
         self._rounds = [
-            self._requests(NUM_LONG * num_replicas, LONG_TOKENS, "long"),
-            self._requests(NUM_SHORT * num_replicas, SHORT_TOKENS, "short"),
+            self._requests(NUM_LONG * self._num_replicas, LONG_TOKENS, "long"),
+            self._requests(NUM_SHORT * self._num_replicas, SHORT_TOKENS, "short"),
         ]
 
-    def _next(self, send: Send, num_replicas: int) -> None:
+    def _next(self, send: Send) -> None:
         if not self._rounds:
             self.is_over = True
+            num_replicas = self._core.num_replicas
             observed = self._core.paces.of(num_replicas).observed
             if self._core.is_idle:  # somebody may have come meanwhile, or a cancelled step may still be under way
                 self._core.reset_totals()

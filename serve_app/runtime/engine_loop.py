@@ -56,6 +56,7 @@ from serve_app.runtime.wire import (
     Tally,
     Tokens,
 )
+from serve_app.telemetry.ledger import Row
 from serve_app.telemetry.names import engine_row
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class EngineLoop:
         self._arrivals: list[Request] = []
         self._is_aborting = False
         self._outbox: defaultdict[str, list[Emission]] = defaultdict(list)
-        self._tallies = EngineTallies(mesh.send, lambda: engine_row(cell.core.stats(), cell.members.stats()))
+        self._tallies = EngineTallies(mesh.send, self._row)
         self._router = ""  # its address
         self._obstacle = ""  # what the keeper waits for
         self._told: tuple[bool, str] = (False, "")
@@ -114,7 +115,6 @@ class EngineLoop:
         self._stopped = False
         self.history: deque[EventView] = deque(maxlen=MAX_EVENTS)  # other threads read it
         self.operator = Operator()  # other threads order by it
-        self.draining = False  # new requests are refused
 
     def run(self) -> None:
         while not self._stopped:
@@ -324,14 +324,24 @@ class EngineLoop:
     def _calibrate(self, now: float) -> None:
         if self._calibration is None or self._calibration.is_over or not self._cell.members.is_ready:
             return
-        self._calibration.look(self._on, self._cell.core.num_replicas, now)
+        self._calibration.look(self._on, now)
         if self._told != self._word():
             self._tell()
+
+    def _row(self) -> Row:
+        """What is counted, for the metrics. A calibration counts for nothing: its counts are going to be forgotten."""
+        if self._is_calibrating:
+            return {}
+        return engine_row(self._cell.core.stats(), self._cell.members.stats())
+
+    @property
+    def _is_calibrating(self) -> bool:
+        return self._calibration is not None and not self._calibration.is_over
 
     def _operate(self, act: Act) -> None:
         match act:
             case Drain(on):
-                self.draining = self._cell.core.admission.draining = on
+                self._cell.core.admission.draining = on
                 self._tell()
             case Strike(role, name):
                 self._order(Kill(name or ROUTER, f"a drill struck the {role}"))
@@ -361,9 +371,9 @@ class EngineLoop:
         """Whether new traffic is welcome, and what is awaited or missing."""
         members = self._cell.members
         reason = members.reason
-        if members.is_ready and self._calibration is not None and not self._calibration.is_over:
+        if members.is_ready and self._is_calibrating:
             return False, "calibrating: the cell measures what its steps take"
-        if self.draining:
+        if self._cell.core.admission.draining:
             return False, "draining: new requests are refused until the cell is resumed"
         if members.is_ready:
             self._obstacle = "" if not reason else self._obstacle

@@ -15,7 +15,7 @@ class Rehearsal:
 
     def __init__(self, path=None, config=None, **world):
         self.world = World(config or slo_config(keep_s=60.0), seeded=False, noise=0.0, **world)
-        self.calibration = Calibration(self.world.core, VOCAB, path)
+        self.calibration = Calibration(self.world.core, VOCAB, self.world.core.num_replicas, path)
         self.sent = []
         emit = self.world._emit
 
@@ -32,7 +32,7 @@ class Rehearsal:
         self.world.on(event)
 
     def look(self):
-        self.calibration.look(self.send, self.world.core.num_replicas, self.world.now)
+        self.calibration.look(self.send, self.world.now)
 
     def run(self, limit_s=60.0):
         """As the engine's loop does, ten times a second."""

@@ -12,11 +12,13 @@ from serve_app.engine.members import Stop
 from serve_app.engine.membership import Membership, MembershipConfig
 from serve_app.engine.plan import Begin, Submit
 from serve_app.engine.request import Request
+from serve_app.engine.slo import SloConfig
 from serve_app.experts.layout import Layout
 from serve_app.experts.placement import Slots
 from serve_app.runtime import client as client_module
 from serve_app.runtime import engine_loop as engine_loop_module
 from serve_app.runtime import tallies
+from serve_app.runtime.calibration import Calibration
 from serve_app.runtime.client import EngineClient
 from serve_app.runtime.engine_loop import EngineLoop
 from serve_app.runtime.mesh import Mesh
@@ -48,13 +50,14 @@ def haste(monkeypatch):
 class Engine:
     """One that computes nothing, but has admitted a prompt of so many tokens."""
 
-    def __init__(self, num_prompt_tokens):
+    def __init__(self, num_prompt_tokens, is_calibrating=False):
         members = Membership(Layout(1, 1, 1), [range(1)], Slots(1, 0), MembershipConfig())
-        core = EngineCore(EngineConfig(num_stages=1, max_context_tokens=100))
+        core = EngineCore(EngineConfig(num_stages=1, max_context_tokens=100, slo=SloConfig(ttft_s=10.0)))
         core.on(Begin(epoch=0, num_replicas=1, num_pages=100), 0.0)
         core.on(Submit(Request("r", [5] * num_prompt_tokens)), 0.0)
         self.mesh = Mesh()
-        loop = EngineLoop(CellCore(core, members), self.mesh, lambda _: None)
+        calibration = Calibration(core, 10, num_replicas=1) if is_calibrating else None
+        loop = EngineLoop(CellCore(core, members), self.mesh, lambda _: None, calibration=calibration)
         self._thread = threading.Thread(target=loop.run, daemon=True)
         self._thread.start()
 
@@ -79,10 +82,10 @@ class World:
         client = self.clients[name] = EngineClient(Mesh(), self.where, name)
         return client.book
 
-    def replace_engine(self, num_prompt_tokens):
+    def replace_engine(self, num_prompt_tokens, **options):
         if self.engine:
             self.engine.die()
-        self.engine = Engine(num_prompt_tokens)
+        self.engine = Engine(num_prompt_tokens, **options)
 
     async def linked(self):
         """All replicas have found the present engine."""
@@ -147,3 +150,15 @@ async def test_what_one_counts_the_others_learn_without_being_asked():
         await world.linked()
         a.row["x"] = 3.0
         await until(lambda: (b.totals() or {}).get("x") == 3)
+
+
+async def test_what_a_calibration_counts_is_never_told():
+    """The ledger only grows: what was told once would stay, although the engine forgets it."""
+    async with open_world() as world:
+        world.replace_engine(num_prompt_tokens=30, is_calibrating=True)
+        book = world.join("a")
+        await world.linked()
+        book.row["x"] = 3.0
+        seen = await scrape(book)
+        assert seen["x"] == 3
+        assert "vllm:prompt_tokens" not in seen
