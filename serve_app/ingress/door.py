@@ -10,8 +10,9 @@ import msgspec
 from llguidance.gbnf_to_lark import any_to_lark
 
 from serve_app.engine.request import Grammar, Request, SamplingParams
-from serve_app.ingress.faults import BadInputError
+from serve_app.ingress.faults import BadInputError, RefusedError
 from serve_app.ingress.sse import Ticket
+from serve_app.model.grammar_check import GrammarsBusyError
 from serve_app.model.tokenizer import Tokenizer
 
 MAX_SEED = (1 << 64) - 1
@@ -20,6 +21,7 @@ MAX_BIASES = 1024
 MAX_BIAS = 100.0  # OpenAI's
 MAX_TOP_LOGPROBS = 20  # OpenAI's
 LEAST_REPETITION_PENALTY = 0.01  # what is divided by less soon has no place among fp32 numbers
+GRAMMARS_BUSY_S = 5.0  # a Retry-After
 MAX_GBNF_CHARS = 1 << 13  # the time to convert it grows with the square of its rules
 GREEDY_BELOW = 1e-6  # a temperature under this overflows the logits it divides; SGLang draws the line there too
 
@@ -70,7 +72,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Door:
-    """The checks that need the model or the limits. Each raises BadInputError."""
+    """The checks that need the model or the limits. Each raises BadInputError; `grammar` also RefusedError."""
 
     tokenizer: Tokenizer
     model: ModelInfo
@@ -164,6 +166,8 @@ class Door:
             self.tokenizer.grammars.check(grammar)
         except ValueError as error:
             raise BadInputError(name, str(error)) from None
+        except GrammarsBusyError as error:
+            raise RefusedError("grammars-busy", str(error), GRAMMARS_BUSY_S) from None
         return grammar
 
     def gbnf(self, text: str, name: str) -> Grammar:

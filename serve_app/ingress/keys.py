@@ -137,7 +137,7 @@ def make_key(path: Path, name: str, role: Role) -> str:
     if len(keys) >= MAX_KEYS:
         raise ConfigError(f"{path} has {len(keys)} keys already; the limit is {MAX_KEYS}")
     secret = PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    _append(path, f'[[key]]\nname = "{name}"\nrole = "{role}"\nhash = "{hash_of(secret)}"\n\n')
+    _append(path, f'\n[[key]]\nname = "{name}"\nrole = "{role}"\nhash = "{hash_of(secret)}"\n')
     return secret
 
 

@@ -26,9 +26,9 @@ Fault = Callable[[OctavoError], tuple[int, bytes]]
 _PARSE_IN_THREAD_BYTES = (
     1 << 15
 )  # a body over this takes milliseconds to read and tokenize: other streams must not wait
-# Fields that bring a grammar, which takes up to seconds to compile.
+# Fields that bring a grammar, which takes up to seconds to compile; a name may be written with escapes.
 _GRAMMAR_FIELD = re.compile(
-    rb'"(?:json_schema|json_object|regex|ebnf|grammar|tool_choice|structured_outputs|guided_\w{4,7})"'
+    rb'\\u|"(?:json_schema|json_object|regex|ebnf|grammar|tool_choice|structured_outputs|guided_\w{4,7})"'
 )
 _CLIENT_GONE = 499  # nobody reads it
 

@@ -6,10 +6,12 @@ grammar and takes some steps through it.
 """
 
 import contextlib
+import logging
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +26,8 @@ import numpy as np
 from serve_app.engine.request import Grammar
 from serve_app.model.grammar import LRU, MAX_GRAMMAR_BYTES, Compiler, text_mask
 
+log = logging.getLogger(__name__)
+
 MAX_CPU_S = 2.0  # for one grammar
 MAX_MASK_CPU_S = 0.25  # for one of its steps: all streams of a worker wait for it
 MAX_WAIT_S = 20.0  # for an answer, and for the process to start: there may be little CPU left
@@ -33,6 +37,10 @@ STACK_BYTES = 1 << 20  # a worker's is eight times as large
 NUM_WALKS, WALK_TOKENS = 2, 48
 
 _TOO_COMPLEX = "too complex: it cannot be compiled and followed within the limits"
+
+
+class GrammarsBusyError(Exception):
+    """Nobody has looked at the grammar: it may be good. Try again later."""
 
 
 class GrammarChecker:
@@ -47,11 +55,11 @@ class GrammarChecker:
         self._end: weakref.finalize[..., GrammarChecker] | None = None  # of the process
 
     def check(self, grammar: Grammar) -> None:
-        """ValueError with what is wrong. It may take a second: keep it off an event loop."""
+        """ValueError with what is wrong; GrammarsBusyError. It may take a second: keep it off an event loop."""
         if len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:
             raise ValueError(f"longer than {MAX_GRAMMAR_BYTES} bytes")
         if not self._lock.acquire(timeout=MAX_WAIT_S):
-            raise ValueError("too many grammars are being looked at: try again later")
+            raise GrammarsBusyError("too many grammars are being looked at: try again later")
         try:
             verdict = self._verdicts.take(grammar)
             if verdict is None:
@@ -69,18 +77,20 @@ class GrammarChecker:
         self._child = self._end = None
 
     def _try_out(self, grammar: Grammar) -> str:
-        """The verdict. ValueError where there is none: that says nothing of the grammar."""
+        """The verdict. The process that dies over it, dies of it: one that somebody else ended is replaced before."""
         child = self._living()
         try:
             return child.ask(msgspec.msgpack.encode(grammar))
         except TimeoutError:
             self.close()
-            raise ValueError("it took too long to look at it: try again later") from None
+            raise GrammarsBusyError("it took too long to look at it: try again later") from None
         except (EOFError, OSError):
             self.close()
             return _TOO_COMPLEX
 
     def _living(self) -> "_Child":
+        if self._child is not None and not self._child.is_alive:
+            self.close()
         if self._child is None:
             try:
                 self._child = _Child()
@@ -88,7 +98,8 @@ class GrammarChecker:
                 self._child.ask(self._read_tokenizer().encode())
             except (EOFError, OSError) as error:
                 self.close()
-                raise ValueError("grammars cannot be looked at now: try again later") from error
+                log.warning("the process that looks at grammars does not start: %s", error)
+                raise GrammarsBusyError("grammars cannot be looked at now: try again later") from error
         return self._child
 
 
@@ -98,6 +109,7 @@ class _Child:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(MAX_WAIT_S), 0))
             fd = theirs.fileno()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "serve_app.model.grammar_check", str(fd)],
@@ -108,8 +120,15 @@ class _Child:
             )
             self._connection = Connection(ours.detach())
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def ask(self, message: bytes) -> str:
-        self._connection.send_bytes(message)
+        try:
+            self._connection.send_bytes(message)
+        except BlockingIOError:  # it takes nothing
+            raise TimeoutError from None
         if not self._connection.poll(MAX_WAIT_S):
             raise TimeoutError
         return self._connection.recv_bytes().decode()

@@ -56,6 +56,13 @@ def test_the_file_holds_no_key_and_only_its_owner_may_read_it(file):
     assert len({make_key(file, f"k{i}", "user") for i in range(20)}) == 20
 
 
+def test_a_key_is_added_to_a_file_whose_last_line_has_no_end(file):
+    first = make_key(file, "alice", "user")
+    file.write_text(file.read_text().rstrip())
+    second = make_key(file, "bob", "user")
+    assert [Keys(file).find(secret).name for secret in (first, second)] == ["alice", "bob"]
+
+
 def test_a_key_that_was_added_counts_and_one_that_was_taken_out_does_not(file):
     clock = Hours()
     first = make_key(file, "alice", "user")

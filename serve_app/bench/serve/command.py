@@ -1,7 +1,6 @@
 """The command `octavo bench serve`: its options, and what they are checked for."""
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +13,6 @@ from serve_app.bench.serve.settings import Settings, parse_rate
 
 if TYPE_CHECKING:
     from serve_app.bench.serve.report import Report
-
-
-class Dialect(StrEnum):
-    """Of those that a server may speak, what is spoken here."""
-
-    SGLANG = "sglang"
 
 
 _RATE = """requests per second, or with an x times the capacity, which is measured first; given several times, one run
@@ -38,7 +31,6 @@ _Objective = Annotated[float, typer.Option(min=0.001, help="the objective: secon
 _Most = Annotated[int, typer.Option(min=1, max=1_000_000, help="of one run")]
 _Lengths = Annotated[str, typer.Option(help="from:to, log-uniform")]
 _Vocabulary = Annotated[str, typer.Option(help="token ids of prompts, from:to")]
-_Dialect = Annotated[Dialect, typer.Option(help="that the server speaks")]
 _Retry = Annotated[bool, typer.Option("--retry", help="who is refused waits Retry-After and comes back")]
 _Capacity = Annotated[float | None, typer.Option(min=1e-6, help="requests per second; instead of measuring it")]
 _Streams = Annotated[int, typer.Option(min=1, max=4096, help="requests under way while the capacity is measured")]
@@ -65,7 +57,6 @@ def load_test(
     prompt_tokens: _Lengths = "16:2000",
     output_tokens: _Lengths = "8:64",
     vocab: _Vocabulary = "1000:30000",
-    dialect: _Dialect = Dialect.SGLANG,
     retry: _Retry = False,
     capacity: _Capacity = None,
     capacity_streams: _Streams = 64,
