@@ -56,12 +56,12 @@ class Role(StrEnum):
 
 
 def main() -> None:
-    """The entry point: what a user can mend ends with one sentence and status 1."""
+    """The entry point: what a user can mend ends with one sentence and the error's status."""
     try:
         app()
     except OctavoError as error:
         err.print(f"[red]octavo:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(error.status)
 
 
 @app.command()
