@@ -75,7 +75,7 @@ def undisturbed(weights, num_shards):
 
 @pytest.mark.parametrize(
     ("pp", "dp", "tp", "temperature"),
-    [(1, 1, 1, 0.8), (3, 1, 1, 0.0), (1, 2, 1, 0.8), (2, 3, 1, 0.0), (1, 1, 2, 0.8), (2, 2, 3, 0.0), (2, 2, 3, 0.8)],
+    [(1, 1, 1, 0.8), (3, 1, 1, 0.0), (1, 2, 1, 0.8), (2, 3, 1, 0.0), (1, 1, 2, 0.8), (2, 2, 3, 0.8)],
 )
 def test_any_layout_emits_in_bf16_what_one_process_with_as_many_shards_does(weights, pp, dp, tp, temperature):
     requests = requests_of(weights, 12, seed=pp * 10 + dp, temperature=temperature)
@@ -104,7 +104,7 @@ class Shuffled(Registry):
         return self._tables
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_placement_and_copies_change_no_token(weights, seed):
     config = config_of(2, 2, 2, max_step_tokens=200)  # steps wide enough that copies share an expert's rows
     layout, spec = Layout(2, 2, 2), weights.spec
