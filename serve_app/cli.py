@@ -14,9 +14,11 @@ from rich.markup import escape
 
 from serve_app import __version__
 from serve_app.bench.serve.command import load_test
+from serve_app.bench.simulate.command import simulate_serving
 from serve_app.config import parse_config
 from serve_app.errors import ConfigError, OctavoError
 from serve_app.keys_cli import key_app
+from serve_app.plan_cli import audit, plan
 
 if TYPE_CHECKING:
     from serve_app.model.tokenizer import Tokenizer
@@ -30,7 +32,12 @@ app = typer.Typer(
 bench_app = typer.Typer(invoke_without_command=True)
 bench_app.command("serve")(load_test)
 app.add_typer(bench_app, name="bench")
+simulate_app = typer.Typer(invoke_without_command=True)
+simulate_app.command("serve")(simulate_serving)
+app.add_typer(simulate_app, name="simulate")
 app.add_typer(key_app, name="key")
+app.command()(plan)
+app.command()(audit)
 err = Console(stderr=True)
 
 SERVE_ENVIRONMENT = {
@@ -217,7 +224,7 @@ def _refuse_options(context: typer.Context) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
-            raise OctavoError(f"{option} is for `octavo bench` alone: options of serve come after that word")
+            raise OctavoError(f"{option} is for `{context.command_path}` alone: options of serve come after that word")
 
 
 @app.command()
@@ -255,8 +262,9 @@ def drill(
     raise typer.Exit(run_drill(settings, yes=yes, as_json=json, console=err))
 
 
-@app.command()
+@simulate_app.callback()
 def simulate(
+    context: typer.Context,
     seeds: Annotated[int, typer.Option(min=1, help="how many runs, each with faults of its own")] = 2000,
     first_seed: Annotated[int, typer.Option(min=0, help="of the first run")] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="print each event, one run after another")] = False,
@@ -268,14 +276,44 @@ def simulate(
     or lost; each stream must still be that of an undisturbed run, and each
     cell whole again at the end. The same seed is the same run.
 
+    With `serve`: a load test of the engine in virtual time.
+
     Ends with status 0 if all of it held.
     """
+    if context.invoked_subcommand:
+        return _refuse_options(context)
     from serve_app.sim.show import run_simulation, trace_seeds
 
     if trace and json:
         raise OctavoError("--trace prints events, not figures: leave --json out")
     runs = range(first_seed, first_seed + seeds)
     raise typer.Exit(trace_seeds(runs, err) if trace else run_simulation(runs, as_json=json, console=err))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        list[str] | None, typer.Option(help="as for `octavo serve`; may be given several times; default: demo")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="of measuring; loading comes on top")] = 60.0,
+    threads: Annotated[int, typer.Option(min=1, help="threads that compute, of each worker")] = 1,
+    url: Annotated[str | None, typer.Option(help="mend --system by what this running cell has observed")] = None,
+    system: Annotated[str | None, typer.Option(help="with --url: the system, as for `octavo plan`")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the system to this file: YAML for `octavo plan`")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print all that was found as JSON")] = False,
+) -> None:
+    """Measure this machine, and fit the planner's cost model to it.
+
+    Steps in one process, then cells of worker processes under load. Nothing
+    else should run meanwhile. Coefficients and predictions come with intervals.
+    """
+    from serve_app.bench.calibrate.command import run_calibration, run_mending
+
+    if url is not None:
+        return run_mending(url, model[0] if model else None, system, out=out, as_json=json, console=err)
+    if system is not None:
+        raise OctavoError("--system is what --url mends: without it this machine is measured afresh")
+    return run_calibration(model or ["demo"], seconds=seconds, threads=threads, out=out, as_json=json, console=err)
 
 
 @app.command()

@@ -56,6 +56,9 @@ class LimitsConfig(_Section):
     max_prompts: Count = Field(256, description="prompts in one HTTP request, times the answers asked of each")
     max_queued: Count = Field(1024, description="sequences that wait for a place, at most")
     max_queued_tokens: Count = Field(1_000_000, description="prompt tokens that wait to be computed, at most")
+    queued_tokens_by_replicas: dict[Count, Count] | None = Field(
+        None, description="the same while only so many replicas serve; default: `max_queued_tokens`"
+    )
     max_headers: Count = Field(100, description="header fields of one HTTP request")
     max_connections: Count = Field(2000, description="HTTP requests that one ingress replica has open at a time")
 

@@ -6,7 +6,7 @@ from serve_app.config import OctavoConfig, parse_config
 from serve_app.errors import ConfigError, OctavoError
 from serve_app.experts.placement import Slots
 from serve_app.model.spec import read_spec
-from serve_app.runtime.settings import check, max_context_tokens, slots_of
+from serve_app.runtime.settings import check, max_context_tokens, slo_config, slots_of
 from tests.model.families import make_tiny, make_tiny_tokenizer
 
 
@@ -22,6 +22,9 @@ from tests.model.families import make_tiny, make_tiny_tokenizer
         ({"worker": {"standby_slots": -1}}, "`worker.standby_slots` = -1: "),
         ({"dtype": "float16"}, "`dtype` = 'float16': "),
         ({"scheduler": {"page_tokens": 7}}, "`scheduler.page_tokens` = 7: "),
+        ({"limits": {"queued_tokens_by_replicas": {0: 5}}}, "`limits.queued_tokens_by_replicas.0.[key]` = 0: "),
+        ({"limits": {"queued_tokens_by_replicas": {1: 0}}}, "`limits.queued_tokens_by_replicas.1` = 0: "),
+        ({"limits": {"queued_tokens_by_replicas": 5}}, "`limits.queued_tokens_by_replicas` = 5: "),
         ({"worker": {"kv_gib": "many"}, "typo": 1}, "`worker.kv_gib` = 'many': "),
     ],
 )
@@ -63,6 +66,31 @@ def test_slots_too_few_for_the_experts_are_refused(tmp_path):
         ConfigError, match=r"^`worker\.primary_slots` = 3 is too few: .* x 8 experts needs .* 4 workers$"
     ):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("by_replicas", "sentence"),
+    [
+        ({1: 90, 2: 80}, r"lets 90 tokens wait for 1 replicas and 80 for 2: fewer"),
+        ({2: 101}, r"lets 101 tokens wait for 2 replicas and 100 for 3: fewer"),
+        ({1: 10, 3: 100}, r"names 3, and `layout\.dp` is 3: "),
+    ],
+)
+def test_a_queue_that_would_grow_with_a_loss_is_refused(tmp_path, by_replicas, sentence):
+    make_tiny("mixtral", tmp_path)
+    make_tiny_tokenizer(tmp_path, 512)
+    limits = {"max_queued_tokens": 100, "queued_tokens_by_replicas": by_replicas}
+    config = parse_config({"model": str(tmp_path), "layout": {"dp": 3}, "limits": limits})
+    with pytest.raises(ConfigError, match=r"^`limits\.queued_tokens_by_replicas` " + sentence):
+        check(config)
+
+
+def test_the_queue_of_a_smaller_cell_reaches_the_engine():
+    limits = {"max_queued_tokens": 100, "queued_tokens_by_replicas": {"1": 20, 3: 70}}  # JSON has no other keys
+    slo = slo_config(parse_config({"layout": {"dp": 4}, "limits": limits}))
+    assert [slo.queued_tokens(num) for num in range(6)] == [20, 20, 20, 70, 100, 100]
+    without = slo_config(parse_config({"layout": {"dp": 4}, "limits": {"max_queued_tokens": 100}}))
+    assert [without.queued_tokens(num) for num in range(5)] == [100] * 5
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3])

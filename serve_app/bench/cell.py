@@ -81,7 +81,9 @@ class CellBench:
             if isinstance(order, Spawn) and order.seat is not None and len(self._processes) < layout.num_workers:
                 self._spawn(order.seat, stages[order.seat.stage], order.pairs, engine_mesh.address)
 
-        loop = EngineLoop(cell_core(config, spec), engine_mesh, order)
+        cell = cell_core(config, spec)
+        self.core = cell.core
+        loop = EngineLoop(cell, engine_mesh, order)
         self._loop = Thread(target=loop.run, name="engine-loop", daemon=True)
         self._loop.start()
         self._mesh.send(ENGINE, Enroll(registry.tables(), self._router_mesh.address))

@@ -20,7 +20,8 @@ from serve_app.runtime.calibration import Calibration, calibration_path
 from serve_app.runtime.engine_loop import EngineLoop, cell_core
 from serve_app.runtime.names import ENGINE
 from serve_app.runtime.operations import Begun, Operation, OperationRequest
-from serve_app.runtime.snapshot import CellView, EventView, ProcessView
+from serve_app.runtime.paces import pace_of
+from serve_app.runtime.snapshot import CellView, EventView, PaceView, ProcessView
 
 PLACEMENT_S = 5.0  # that the router may take to say what it knows
 HEALTH_S = 1.0  # between two of Serve's looks: a dead engine is noticed by them
@@ -35,6 +36,7 @@ class EngineService:
         self._network = found or choose_network(config.network)
         self._mesh = self._network.mesh()
         self._cell = Cell(app, config, spec, self._network, self._mesh.address)
+        self._config = config
         core = cell_core(config, spec)
         calibration = Calibration(core.core, spec.vocab_size, config.layout.dp, calibration_path(config, spec))
         self._core = EngineLoop(core, self._mesh, self._cell.order, config.resilience.resume_s, calibration)
@@ -65,6 +67,10 @@ class EngineService:
     def events(self) -> list[EventView]:
         """The cell's history since this engine began, oldest first."""
         return list(self._core.history)
+
+    def pace(self) -> PaceView:
+        """What steps have taken."""
+        return pace_of(self._config, self._core.paces())
 
     def operate(self, asked: OperationRequest) -> Begun:
         """Take an order. It was checked at the door."""

@@ -110,6 +110,10 @@ class Paces:
     def seed(self, num_replicas: int, observed: Iterable[Observed]) -> None:
         self._paces[num_replicas] = Pace(observed)
 
+    def known(self) -> dict[int, Pace]:
+        """By number of replicas: those that were asked for, in growing order."""
+        return dict(sorted(self._paces.items()))
+
     def of(self, num_replicas: int) -> Pace:
         """What is known best. Of a number never seen: as with the next one, as if all shared one machine."""
         pace = self._paces.get(num_replicas)

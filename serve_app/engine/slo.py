@@ -29,6 +29,18 @@ class SloConfig(msgspec.Struct, frozen=True, kw_only=True):
     itl_s: float | None = None  # between two tokens of a running stream, as far as smaller chunks can help
     max_queued: int = 1 << 30
     max_queued_tokens: int = 1 << 40
+    queued_tokens_by_replicas: dict[int, int] = {}  # the same while only so many replicas serve, not all of them
+    num_replicas: int = 1  # all
+
+    def queued_tokens(self, num_replicas: int) -> int:
+        """Prompt tokens that may wait while so many replicas serve: those of the greatest known number not above it.
+
+        Below the least that is known it is as there.
+        """
+        known = self.queued_tokens_by_replicas
+        if num_replicas >= self.num_replicas or not known:
+            return self.max_queued_tokens
+        return known[max((num for num in known if num <= num_replicas), default=min(known))]
 
 
 class Forecast(msgspec.Struct, frozen=True):
@@ -101,7 +113,7 @@ class Admission:
         `outage_s`: for how long no replica has been serving; None while one does, or none has yet.
         """
         self._places.look(now)
-        refusal = self._limits(request, queue)
+        refusal = self._limits(request, queue, num_replicas)
         if refusal is None and self._config.ttft_s is not None:
             if outage_s is not None:
                 refusal = self._no_capacity(request, queue, outage_s)
@@ -131,13 +143,13 @@ class Admission:
             self.refused[refusal.reason] = self.refused.get(refusal.reason, 0) + 1
         return refusal
 
-    def _limits(self, request: Request, queue: Queue) -> Refusal | None:
+    def _limits(self, request: Request, queue: Queue, num_replicas: int) -> Refusal | None:
         if self.draining:
             return Refusal(request.rid, "draining", "the server is being drained: it takes no new requests", 5.0)
         retry_s = max(1.0, queue.total_s / 2)
         if queue.num_queued >= self._config.max_queued:
             return Refusal(request.rid, "queue-full", f"{queue.num_queued} requests wait already", retry_s)
-        if queue.num_tokens + len(request.prompt) > self._config.max_queued_tokens:
+        if queue.num_tokens + len(request.prompt) > self._config.queued_tokens(num_replicas):
             return Refusal(request.rid, "queue-full", f"{queue.num_tokens} prompt tokens wait already", retry_s)
         return None
 

@@ -1,4 +1,5 @@
-"""What an operator asks of a cell: who sits where and holds what, what has happened, which processes there are."""
+"""What an operator asks of a cell: who sits where and holds what, what has happened, which processes there are, and
+what its steps take."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from serve_app.ingress.client import Engine, EngineUnavailableError
 from serve_app.ingress.guard import require_admin
 from serve_app.ingress.health import json_response
-from serve_app.ingress.openapi.operators import EVENTS_OPENAPI, PLACEMENT_OPENAPI, PROCESSES_OPENAPI
+from serve_app.ingress.openapi.operators import EVENTS_OPENAPI, PACE_OPENAPI, PLACEMENT_OPENAPI, PROCESSES_OPENAPI
 
 _After = Annotated[float, Query(description="Unix seconds: only what happened later")]
 
@@ -36,6 +37,11 @@ def admin_routes(engine: Engine, max_wait_s: float) -> APIRouter:
     async def events(after: _After = 0.0) -> Response:
         """What has happened to the cell, the newest last: losses, epochs, what each failover took."""
         return await answer(_events(engine, after))
+
+    @router.get("/pace", openapi_extra=PACE_OPENAPI)
+    async def pace() -> Response:
+        """What the cell's steps take: those that the engine remembers, and the four costs that it foresees with."""
+        return await answer(engine.pace())
 
     @router.get("/processes", openapi_extra=PROCESSES_OPENAPI)
     async def processes() -> Response:

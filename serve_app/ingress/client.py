@@ -10,7 +10,7 @@ from serve_app.engine.members import CellStats
 from serve_app.engine.request import Emission, Request
 from serve_app.errors import OctavoError
 from serve_app.runtime.operations import Begun, Operation, OperationRequest
-from serve_app.runtime.snapshot import CellView, EventView, ProcessView
+from serve_app.runtime.snapshot import CellView, EventView, PaceView, ProcessView
 
 
 class EngineUnavailableError(OctavoError):
@@ -64,6 +64,10 @@ class Engine(Protocol):
 
     async def events(self) -> list[EventView]:
         """What has happened to the cell, the newest last. Raises and waits as `placement` does."""
+        ...
+
+    async def pace(self) -> PaceView:
+        """What the cell's steps take. Raises and waits as `placement` does."""
         ...
 
     async def processes(self) -> list[ProcessView]:

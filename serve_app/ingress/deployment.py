@@ -29,7 +29,7 @@ from serve_app.runtime import client as runtime
 from serve_app.runtime.client import EngineClient
 from serve_app.runtime.operations import Begun, Operation, OperationRequest
 from serve_app.runtime.settings import max_context_tokens
-from serve_app.runtime.snapshot import CellView, EventView, ProcessView
+from serve_app.runtime.snapshot import CellView, EventView, PaceView, ProcessView
 from serve_app.telemetry.metrics import Objective
 
 HOLD_S = 10.0  # new traffic is welcome for so long without an engine: it waits for the next one
@@ -96,6 +96,10 @@ class CellEngine:
     async def events(self) -> list[EventView]:
         events: list[EventView] = await _answer(self._engine.events)
         return events
+
+    async def pace(self) -> PaceView:
+        view: PaceView = await _answer(self._engine.pace)
+        return view
 
     async def processes(self) -> list[ProcessView]:
         processes: list[ProcessView] = await _answer(self._engine.processes)

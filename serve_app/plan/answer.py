@@ -1,5 +1,7 @@
 """What a planner answers: a deployment, what it is expected to do, and what the loss of a GPU makes of it."""
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,9 +20,11 @@ from serve_app.plan.loss import Losses, losses
 from serve_app.plan.ops import Op, Step
 from serve_app.plan.question import Question
 from serve_app.plan.recovery import Budget, budget
-from serve_app.plan.search import Candidate, Found, Miss, Rank, Search, search
+from serve_app.plan.search import Candidate, Found, Miss, Rank, Search, check_possible, search
 from serve_app.plan.sizing import least_gpus
 from serve_app.plan.story import Story, story
+
+_NUMBER = re.compile(r"\d[\d.,]*")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,34 @@ class Answer:
             return {}
         return {num: bound_tokens(self.cost, self.question.workload, ttft_s, num) for num in range(1, dp + 1)}
 
+    @cached_property
+    def first_by_other(self) -> Candidate | None:
+        """The best by the ranking that was not asked for. None: the fewest GPUs were looked for, or there is none."""
+        if self.question.num_gpus is None or not self.found.candidates:
+            return None
+        rank: Rank = "worst" if self.question.rank == "healthy" else "healthy"
+        of = replace(_search_of(self.question), rank=rank, losses=losses, num_places=1)
+        return of.ranked(self.found.candidates)[0]
+
+    @cached_property
+    def pareto(self) -> list[Candidate]:
+        """The front, each with its losses."""
+        return [replace(one, losses=losses_of(one, self.question)) for one in self.found.pareto]
+
+    @property
+    def sequences(self) -> int:
+        """At a time: those that were asked for, or as many as the rate makes."""
+        return self.question.workload.concurrency or max(1, round(self.estimate.concurrency))
+
+    @cached_property
+    def rejected_by_reason(self) -> dict[str, list[str]]:
+        """Reason -> layouts, the most frequent reason first. Reasons that differ in their numbers only are one."""
+        groups: dict[str, list[Rejected]] = defaultdict(list)
+        for rejected in self.found.rejected:
+            groups[_NUMBER.sub("#", rejected.reason)].append(rejected)
+        by_size = sorted(groups.values(), key=lambda group: -len(group))
+        return {group[0].reason: [str(one.deployment) for one in group] for group in by_size}
+
     def prompt_ops(self) -> list[Op]:
         """Of the mean prompt, alone."""
         return self.cost.breakdown(Step.prompt(self.question.workload.isl.mean, sampled=1.0))
@@ -109,13 +141,19 @@ class Answer:
 
 
 def answer(question: Question) -> Answer:
-    """Raises PlanError where no deployment fits, or none keeps the objective and only such were asked for."""
+    """Raises PlanError where no deployment fits, or none keeps the objective: then it says what the nearest misses.
+
+    One that is named is told about all the same.
+    """
     found = _search(question)
+    is_named = question.layout is not None and "--layout" not in dict(question.assumed)
+    if found.nearest is not None and not is_named:
+        raise PlanError(found.nearest.rstrip("."))
     named = None if question.layout is None else _named(question, question.layout)
     best = found.candidates[0] if found.candidates else None
     chosen = named or best
     if chosen is None:
-        raise PlanError(found.nearest or "no layout fits")
+        raise PlanError((found.nearest or "no layout fits").rstrip("."))
     better = None
     if named is not None and best is not None and best.deployment != named.deployment:
         better = best
@@ -141,6 +179,7 @@ def _search(question: Question) -> Found:
             rank=rank,
             losses=losses,
             checks=checks,
+            across_nodes=question.across_nodes,
         )
     return search(
         question.spec,
@@ -155,26 +194,32 @@ def _search(question: Question) -> Found:
         losses=losses,
         checks=checks,
         num_places=max(10, question.top),
+        across_nodes=question.across_nodes,
     )
 
 
 def _named(question: Question, layout: Deployment) -> Candidate:
     """PlanError with the reason where it cannot be."""
-    reason = why_not(question.spec, layout, question.system.gpus_per_node)
+    reason = why_not(question.spec, layout, question.system.gpus_per_node, across_nodes=question.across_nodes)
     if reason is not None:
-        raise PlanError(f"--layout {layout}: {reason}")
-    of = Search(
+        raise PlanError(f"--layout {layout}: {reason.rstrip('.')}")
+    check_possible(question.spec, question.precision, question.system, question.workload)
+    standby = layout.standby if question.layout_says_standby else None
+    found = replace(_search_of(question), standby=standby).candidate(layout)
+    if isinstance(found, Rejected):
+        raise PlanError(f"--layout {layout}: {found.reason.rstrip('.')}")
+    return found
+
+
+def _search_of(question: Question) -> Search:
+    return Search(
         question.spec,
         question.precision,
         question.system,
         question.workload,
-        standby=layout.standby,
+        question.standby,
         checks=_checks(question),
     )
-    found = of.candidate(layout)
-    if isinstance(found, Rejected):
-        raise PlanError(f"--layout {layout}: {found.reason}")
-    return found
 
 
 def _checks(question: Question) -> Sequence[Callable[[Candidate], Sequence[Miss]]]:

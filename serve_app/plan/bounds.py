@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from serve_app.model.spec import ModelSpec
 from serve_app.plan.counts import Precision, attention_params, count_params, expert_params, kv_token_bytes
 from serve_app.plan.deployment import Deployment
-from serve_app.plan.ops import distinct_experts
+from serve_app.plan.routing import distinct_experts
 from serve_app.plan.system import System
 
 

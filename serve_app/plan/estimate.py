@@ -2,7 +2,8 @@
 
 The model of a replica: sequences go round its stages in as many microbatches as there are stages. Each step carries one
 token of every sequence in it, and a share of the steps a chunk of somebody's prompt beside. Steps follow each other at
-the pace of the slowest stage. Steady state: as many prompt tokens enter as answers that end make room for.
+the pace of the slowest stage. Steady state: as many prompt tokens enter as answers that end make room for. Where that
+is more than one chunk in each step, steps carry several, up to the tokens that a step may have.
 """
 
 import math
@@ -10,15 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from serve_app.engine.scheduler import MIN_CHUNK_TOKENS
 from serve_app.model.spec import ModelSpec
 from serve_app.plan.counts import Precision
+from serve_app.plan.crossing import crossing
 from serve_app.plan.deployment import Deployment
 from serve_app.plan.footprint import Footprint, footprint, kv_gpu_token_bytes, max_kv_tokens
 from serve_app.plan.ops import Op, Stage, Step
 from serve_app.plan.system import Interval, System
 from serve_app.plan.workload import Workload
 
-NUM_BISECTIONS = 40
+LOWEST, HIGHEST = -25.0, 20.0  # loads that are looked at: log(load / (most - load))
+CLOSE = 1e-5  # how near to a limit is at the limit, relatively
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Cost:
     system: System
     deployment: Deployment
     by_all_reduce: bool = False
+    ideal_pipeline: bool = False  # no bubbles, and prompts are cut by the step's limit only: how others count
 
     @cached_property
     def stages(self) -> list[Stage]:
@@ -52,25 +57,34 @@ class Cost:
         ]
 
     @cached_property
-    def _kinds(self) -> list[tuple[Stage, int]]:
+    def kinds(self) -> list[tuple[Stage, int]]:
         """Stages that differ in nothing but their place, once each, and how many there are."""
         kinds: dict[tuple[int, bool, bool], list[Stage]] = {}
         for stage in self.stages:
             kinds.setdefault((stage.num_layers, stage.is_last, stage.hops_inside), []).append(stage)
         return [(stages[0], len(stages)) for stages in kinds.values()]
 
-    def interval_s(self, step: Step, num_peers: int | None = None) -> float:
-        """From the end of one step to the end of the next: what the slowest stage takes."""
-        return max(stage.seconds(step, num_peers=num_peers) for stage, _ in self._kinds)
+    def pace_s(self, step: Step, num_peers: float | None = None) -> tuple[float, float]:
+        """(from the end of one step to the end of the next, of one step through all stages)."""
+        interval_s, latency_s = 0.0, 0.0
+        for stage, num in self.kinds:
+            seconds = stage.seconds(step, num_peers=num_peers)
+            interval_s = max(interval_s, seconds)
+            latency_s += num * seconds
+        return interval_s, latency_s
 
-    def latency_s(self, step: Step, num_peers: int | None = None) -> float:
+    def interval_s(self, step: Step, num_peers: float | None = None) -> float:
+        """From the end of one step to the end of the next: what the slowest stage takes."""
+        return self.pace_s(step, num_peers)[0]
+
+    def latency_s(self, step: Step, num_peers: float | None = None) -> float:
         """Of one step through all stages."""
-        return sum(num * stage.seconds(step, num_peers=num_peers) for stage, num in self._kinds)
+        return self.pace_s(step, num_peers)[1]
 
     def breakdown(self, step: Step) -> list[Op]:
         """Operations of the step on its way through all stages, those of one name as one."""
         merged: dict[str, Op] = {}
-        for stage, num in self._kinds:
+        for stage, num in self.kinds:
             for op in stage.ops(step):
                 old = merged.get(op.name, Op(op.name, 0.0, op.bound))
                 merged[op.name] = replace(
@@ -82,18 +96,34 @@ class Cost:
                 )
         return list(merged.values())
 
-    def prompt_s(self, num_tokens: float, chunk_tokens: int, beside: Step | None = None, cached: float = 0.0) -> float:
+    def prompt_s(
+        self,
+        num_tokens: float,
+        chunk_tokens: int,
+        beside: Step | None = None,
+        cached: float = 0.0,
+        num_peers: float | None = None,
+    ) -> float:
         """From a prompt's first step to its first token: its chunks follow each other through the stages.
 
-        `beside`: answers that run in the same steps. `cached`: tokens of it that need not be computed.
+        `beside`: answers that run in the same steps. `cached`: tokens of it that need not be computed. `num_peers`:
+        replicas of the cell that run such a prompt at the same time; default: all.
         """
         todo = max(1.0, num_tokens - cached)
-        num_chunks = math.ceil(todo / chunk_tokens)
+        num_chunks = self.num_chunks(num_tokens, chunk_tokens, cached)
         size = todo / num_chunks
         steps = [Step.prompt(size, cached + i * size, sampled=float(i == num_chunks - 1)) for i in range(num_chunks)]
         if beside is not None:
             steps = [step + beside for step in steps]
-        return sum(self.interval_s(step) for step in steps[:-1]) + self.latency_s(steps[-1])
+        before_s = sum(self.interval_s(step, num_peers) for step in steps[:-1])
+        return before_s + self.latency_s(steps[-1], num_peers)
+
+    def num_chunks(self, num_tokens: float, chunk_tokens: int, cached: float = 0.0) -> int:
+        """Steps that a prompt takes by itself. The scheduler cuts it into one for each stage, for all to work on it."""
+        size = float(chunk_tokens)
+        if self.deployment.pp > 1 and not self.ideal_pipeline:
+            size = min(size, max(MIN_CHUNK_TOKENS, num_tokens / self.deployment.pp))
+        return math.ceil(max(1.0, num_tokens - cached) / size)
 
     def tpot_s(self, rows: float, context: float) -> float:
         """Between two tokens of a sequence, where each replica runs so many and no prompts come."""
@@ -107,10 +137,17 @@ class Steady:
 
     rows: float  # of answers, in each step
     rate: float  # requests/s
-    busy: float  # share of the time in which prompts are computed
-    wait_s: float  # until a prompt's first step
-    prompt_s: float  # from there to its first token
+    busy: float  # share of the prompt tokens that it could compute beside these answers
+    queue_s: float  # until the prompts before it are computed
+    align_s: float  # until the step that runs has ended
+    prompt_s: float  # from a prompt's first step to its first token
+    long_prompt_s: float  # the same of a prompt that is longer than 99 of 100
     tpot_s: float
+
+    @property
+    def wait_s(self) -> float:
+        """Until a prompt's first step."""
+        return self.queue_s + self.align_s
 
     @property
     def ttft_s(self) -> float:
@@ -118,33 +155,41 @@ class Steady:
 
     @property
     def ttft_p99_s(self) -> float:
-        """The wait falls off exponentially, for the share of requests that have to wait at all."""
-        if self.busy <= 0.01 or self.wait_s == 0:
-            return self.prompt_s
-        return self.prompt_s + self.wait_s / self.busy * math.log(self.busy / 0.01)
+        """The wait in the queue falls off exponentially, for the share of requests that have to wait at all; a step
+        that runs has all of its time before it at worst."""
+        tail = math.log(self.busy / 0.01) / self.busy if self.busy > 0.01 else 0.0
+        return self.long_prompt_s + 2 * self.align_s + self.queue_s * max(1.0, tail)
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica under load. Prompts of the mean length stand for all, but their spread counts in the queue."""
+    """One replica under load. Prompts of the mean work stand for all, but their spread counts in the queue."""
 
     cost: Cost
     workload: Workload
 
     @cached_property
-    def _cached(self) -> float:
-        return self.workload.isl.mean * self.workload.prefix_share
+    def _num_chunks(self) -> float:
+        """Of a prompt, in the mean: steps that it takes by itself."""
+        return sum(weight * num for _, _, num, weight in self._prompts)
 
     @cached_property
-    def _num_chunks(self) -> int:
-        return math.ceil((self.workload.isl.mean - self._cached) / self.workload.chunk_tokens)
+    def _prompts(self) -> list[tuple[float, float, int, float]]:
+        """(tokens found in the cache, tokens to compute, chunks, weight)."""
+        share, chunk = self.workload.prefix_share, self.workload.chunk_tokens
+        return [
+            (share * num, max(1.0, num * (1 - share)), self.cost.num_chunks(num, chunk, share * num), weight)
+            for num, weight in self.workload.isl.points
+        ]
 
     @cached_property
-    def _chunk(self) -> Step:
-        """The mean one of a prompt."""
-        todo = self.workload.isl.mean - self._cached
-        size = todo / self._num_chunks
-        return Step.prompt(size, self._cached + (todo - size) / 2, sampled=1 / self._num_chunks)
+    def _prompt(self) -> Step:
+        """All chunks of one prompt, in the mean: long ones attend to more than to their share."""
+        total = Step()
+        for cached, todo, num, weight in self._prompts:
+            read = num * cached + todo * (num + 1) / 2
+            total += Step(todo, todo * (cached + todo / 2), read, sampled=1.0).times(weight)
+        return total
 
     @cached_property
     def _variation(self) -> float:
@@ -153,59 +198,108 @@ class Replica:
         return (self.workload.burstiness**2 + lengths.mean_square / lengths.mean**2 - 1) / 2
 
     @cached_property
-    def most_rows(self) -> float:
-        """Of a step, where every step carries a chunk."""
-        return self.workload.osl.mean / self._num_chunks
+    def _most_prompts(self) -> float:
+        """Of a step: as many as have room in it."""
+        return self.workload.chunk_tokens / self._prompt.prompt_tokens
 
-    def steady(self, rows: float) -> Steady:
-        """With so many rows of answers in each step, below `most_rows`. Below one: now and then a step has one."""
-        pp, osl = self.cost.deployment.pp, self.workload.osl.mean
+    @cached_property
+    def _stretch(self) -> float:
+        """A prompt that is longer than 99 of 100, over the mean one."""
+        return max(1.0, self.workload.isl.quantile(0.99) / self.workload.isl.mean)
+
+    @property
+    def idle_ttft_s(self) -> float:
+        """Of the mean prompt, with nobody else in the cell."""
+        lengths, share = self.workload.isl, self.workload.prefix_share
+        return self.cost.prompt_s(lengths.mean, self.workload.chunk_tokens, cached=share * lengths.mean, num_peers=1)
+
+    def steady(self, prompts: float, num_sequences: float = math.inf) -> Steady:
+        """With so many prompts that begin in each step, in the mean; few of the steps carry one where that is little.
+
+        All replicas of a cell are taken to be in step, except where few of them have anything to do: an answer meets
+        as many peers as have one, and a prompt as many as are at theirs. `num_sequences`: of the replica, each of
+        which is followed by the next; none waits for itself. Default: without limit, each comes whenever it comes.
+        """
+        pp, dp = self.cost.deployment.pp, self.cost.deployment.dp
+        rows = prompts * (self.workload.osl.mean - 1)
+        num_steps = min(self._num_chunks, max(1.0, 1 / prompts))  # that a prompt takes
+        mixed_share = min(1.0, prompts * self._num_chunks)  # of the steps, that carry prompts
         beside = Step.decode(max(1.0, rows), self.workload.mean_tokens)
-        mixed = self._chunk + beside
-        plain_s, mixed_s = self.cost.interval_s(beside), self.cost.interval_s(mixed)
-        busy_share = min(1.0, rows / osl * self._num_chunks)  # of the steps, that carry a chunk
-        step_s = (1 - busy_share) * plain_s + busy_share * mixed_s
-        rate = rows / osl / step_s
-        service_s = self._num_chunks * mixed_s
+        mixed = self._prompt.times(max(prompts, 1 / self._num_chunks)) + beside
+        plain_s, _ = self.cost.pace_s(beside, 1 + (dp - 1) * min(1.0, rows))
+        mixed_s, _ = self.cost.pace_s(mixed)
+        step_s = (1 - mixed_share) * plain_s + mixed_share * mixed_s + self._bubble_s(prompts, plain_s, mixed_s)
+        rate = prompts / step_s
+        full_s, _ = self.cost.pace_s(self._prompt.times(self._most_prompts) + beside)
+        service_s = full_s / self._most_prompts
         busy = min(rate * service_s, 1 - 1e-9)
-        wait_s = self._variation * busy / (1 - busy) * service_s
-        fill_s = self.cost.latency_s(mixed) - mixed_s
-        tpot_s = max(pp * step_s, self.cost.latency_s(beside))
-        return Steady(rows, rate, busy, wait_s, service_s + fill_s, tpot_s)
+        own_s, own_latency_s = self.cost.pace_s(mixed, 1 + (dp - 1) * busy)
+        # who comes while a step runs that has nothing to do with him waits for half of it
+        strange_s = (1 - mixed_share) * plain_s**2 + max(0.0, 1 - 1 / (prompts * self._num_chunks)) * mixed_s**2
+        return Steady(
+            rows=rows,
+            rate=rate,
+            busy=busy,
+            queue_s=_others(num_sequences) * self._variation * busy / (1 - busy) * service_s,
+            align_s=min(1.0, rows) * strange_s / step_s / 2,
+            prompt_s=num_steps * own_s + own_latency_s - own_s,
+            long_prompt_s=self._stretch * num_steps * own_s + own_latency_s - own_s,
+            tpot_s=pp * (plain_s + _others(num_sequences * dp) * (step_s - plain_s)),
+        )
+
+    def _bubble_s(self, prompts: float, plain_s: float, mixed_s: float) -> float:
+        """Of a step in the mean, that stages stand idle because steps take unequally long.
+
+        As many steps as there are stages are under way. Those behind the last long one are held up by it in each stage,
+        so that the next of their sequences come round at its pace: a long step's surplus, for all stages but one, each
+        time that steps with prompts come to an end. At random arrivals of n prompts of c chunks in each step that is
+        n exp(-n c) times where they share steps as they like; the nearer to full steps are, the longer prompts stay.
+        """
+        if self.cost.ideal_pipeline:
+            return 0.0
+        full = prompts / self._most_prompts
+        num_ends = 0.0 if full >= 1 else prompts * math.exp(-prompts * self._num_chunks / (1 - full))
+        return num_ends * (self.cost.deployment.pp - 1) * max(0.0, mixed_s - plain_s)
 
     def held(self, steady: Steady) -> float:
         """Sequences at a time: those that wait or are prefilled, and those that answer."""
         return steady.rate * (steady.ttft_s + (self.workload.osl.mean - 1) * steady.tpot_s)
 
     def at_concurrency(self, num_sequences: float) -> Steady:
-        """The load at which it holds so many."""
-        return self._last(lambda steady: self.held(steady) <= num_sequences)
+        """The load at which it holds so many, each followed by the next: who comes sees a queue of the others only
+        (Reiser and Lavenberg, doi 10.1145/322186.322195, as Schweitzer approximates it)."""
+        return self._last(lambda steady: math.log(self.held(steady) / num_sequences), num_sequences)
 
     def at_rate(self, rate: float) -> Steady:
         """The load of so many requests/s; the most it can take where that is less."""
-        return self._last(lambda steady: steady.rate <= rate)
+        return self._last(lambda steady: math.log(steady.rate / rate))
 
-    def at_most(self, num_sequences: float, ttft_s: float, tpot_s: float) -> Steady | None:
+    def at_most(self, num_sequences: float, ttft_s: float = math.inf, tpot_s: float = math.inf) -> Steady | None:
         """The highest load with no more sequences than these that keeps the objective; None: none does."""
 
-        def keeps(steady: Steady) -> bool:
-            return self.held(steady) <= num_sequences and steady.ttft_p99_s <= ttft_s and steady.tpot_s <= tpot_s
+        def excess(steady: Steady) -> float:
+            """By how much the worst of three is above what it may be, as a logarithm."""
+            ratios = (self.held(steady) / num_sequences, steady.ttft_p99_s / ttft_s, steady.tpot_s / tpot_s)
+            return math.log(max(ratios))
 
-        found = self._last(keeps)
-        return found if keeps(found) else None
+        found = self._last(excess)
+        return found if excess(found) <= CLOSE else None
 
-    def _last(self, holds: Callable[[Steady], bool]) -> Steady:
-        """The highest load for which a condition holds that holds below it too; next to none where it never does."""
-        low, high = 0.0, self.most_rows
-        best = self.steady(self.most_rows * 1e-6)
-        for _ in range(NUM_BISECTIONS):
-            middle = (low + high) / 2
-            steady = self.steady(middle)
-            if holds(steady):
-                low, best = middle, steady
-            else:
-                high = middle
-        return best
+    def _last(self, excess: Callable[[Steady], float], num_sequences: float = math.inf) -> Steady:
+        """The highest load whose excess, which grows with the load, is not above zero; next to none where it always is.
+
+        Loads are looked for on a scale on which sequences grow evenly, next to none and next to the most alike.
+        """
+
+        def at(place: float) -> Steady:
+            return self.steady(self._most_prompts / (1 + math.exp(-place)), num_sequences)
+
+        return at(crossing(lambda place: excess(at(place)), LOWEST, HIGHEST, close=CLOSE))
+
+
+def _others(num_sequences: float) -> float:
+    """Share of so many that are not the one who looks."""
+    return max(0.0, 1 - 1 / num_sequences)
 
 
 @dataclass(frozen=True)
@@ -227,6 +321,7 @@ class Estimate:
     output_tokens_s: float
     prompt_tokens_s: float
     capacity: float | None  # requests/s with the objective kept; None: not even one request keeps it
+    capacity_sequences: float | None = None  # that are there at a time at this rate
 
     @property
     def fits(self) -> bool:
@@ -270,13 +365,14 @@ def estimate(cost: Cost, workload: Workload) -> Estimate:
         rate=steady.rate * num,
         is_overloaded=is_overloaded,
         busy=steady.busy,
-        idle_ttft_s=cost.prompt_s(workload.isl.mean, workload.chunk_tokens),
+        idle_ttft_s=replica.idle_ttft_s,
         ttft_s=Span.of(steady.ttft_s + extra_s, system.ttft_interval),
         ttft_p99_s=Span.of(steady.ttft_p99_s + extra_s, system.ttft_interval),
         tpot_s=Span.of(steady.tpot_s, system.tpot_interval),
         output_tokens_s=steady.rate * num * workload.osl.mean,
         prompt_tokens_s=steady.rate * num * workload.isl.mean,
         capacity=None if best is None else best.rate * num,
+        capacity_sequences=None if best is None else replica.held(best) * num,
     )
 
 
@@ -287,7 +383,8 @@ def _load(replica: Replica, workload: Workload, num: int, per_replica: int) -> t
         steady = replica.at_concurrency(min(asked, per_replica))
         return steady, max(0.0, asked - per_replica) / steady.rate, asked > per_replica
     assert workload.rate is not None
-    most = replica.at_concurrency(per_replica)
+    most = replica.at_most(per_replica)
+    assert most is not None, "next to no load holds next to no sequence"
     steady = replica.at_rate(min(workload.rate / num, most.rate))
     return steady, 0.0, workload.rate / num > most.rate * 1.001
 

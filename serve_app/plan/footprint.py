@@ -5,6 +5,7 @@ Of a CPU worker `plan.memory` knows more, down to oneDNN's kernels; that is for 
 
 import math
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 from serve_app.experts.layout import Seat, cut_heads, stage_layers
 from serve_app.model.spec import ModelSpec
@@ -73,8 +74,19 @@ def footprint(
 def kv_gpu_token_bytes(spec: ModelSpec, precision: Precision, deployment: Deployment) -> float:
     """Of one token of one sequence on one GPU of its replica, in the longest stage."""
     layers = max(len(stage) for stage in stage_layers(spec.num_layers, deployment.pp))
-    kv_heads = len(cut_heads(spec.num_heads, spec.num_kv_heads, deployment.tp, 0).kv_heads)
+    _, kv_heads = shard_heads(spec, deployment.tp)
     return 2 * layers * kv_heads * spec.head_dim * precision.kv_bytes
+
+
+def shard_heads(spec: ModelSpec, tp: int) -> tuple[int, int]:
+    """(query heads, KV heads) of the fullest of `tp` shards: padded ones and replicated ones count."""
+    return _most_heads(spec.num_heads, spec.num_kv_heads, tp)
+
+
+@lru_cache
+def _most_heads(num_heads: int, num_kv_heads: int, tp: int) -> tuple[int, int]:
+    cuts = [cut_heads(num_heads, num_kv_heads, tp, shard) for shard in range(tp)]
+    return max(cut.num_heads for cut in cuts), max(len(cut.kv_heads) for cut in cuts)
 
 
 def max_kv_tokens(system: System, held: Footprint, token_bytes: float) -> int:
@@ -85,8 +97,8 @@ def max_kv_tokens(system: System, held: Footprint, token_bytes: float) -> int:
 
 def _dense_params(spec: ModelSpec, tp: int) -> float:
     """Of one layer on one GPU: its heads, and what is not cut."""
-    heads = cut_heads(spec.num_heads, spec.num_kv_heads, tp, 0)
-    width = (2 * heads.num_heads + 2 * len(heads.kv_heads)) * spec.head_dim
+    heads, kv_heads = shard_heads(spec, tp)
+    width = 2 * (heads + kv_heads) * spec.head_dim
     gate = 0 if spec.is_dense else spec.num_experts * spec.hidden_size
     return spec.hidden_size * width + gate + shared_params(spec) + 2 * spec.hidden_size
 
@@ -97,8 +109,8 @@ def _step_bytes(
     """The residual stream, its norm and the sums over shards; and either attention's heads or the experts' rows."""
     act, hidden, tp = precision.activation_bytes, spec.hidden_size, deployment.tp
     common = 3 * chunk_tokens * hidden
-    heads = cut_heads(spec.num_heads, spec.num_kv_heads, tp, 0)
-    attention = chunk_tokens * (2 * heads.num_heads + 2 * len(heads.kv_heads)) * spec.head_dim
+    heads, kv_heads = shard_heads(spec, tp)
+    attention = chunk_tokens * 2 * (heads + kv_heads) * spec.head_dim
     rows = chunk_tokens * spec.top_k / tp
     experts = rows * (2 * hidden + 3 * spec.expert_size)
     head = 2 * sampled * spec.vocab_size / tp

@@ -31,6 +31,7 @@ from serve_app.engine.members import (
     Tick,
 )
 from serve_app.engine.membership import Membership
+from serve_app.engine.pace import Pace
 from serve_app.engine.plan import Abort, Arrivals, Cancel, Emit, Refuse, Run, StepDone, Submit
 from serve_app.engine.request import Emission, Refusal, Request
 from serve_app.model.spec import ModelSpec
@@ -135,6 +136,10 @@ class EngineLoop:
     def names(self) -> set[str]:
         """Of the living workers that have said Hello. Other threads ask."""
         return set(self._cell.members.states())
+
+    def paces(self) -> dict[int, Pace]:
+        """What steps take, by number of replicas. Other threads ask."""
+        return self._cell.core.paces.known()
 
     def addresses(self) -> list[str]:
         """Of the living workers' inboxes. Other threads ask."""

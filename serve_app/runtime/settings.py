@@ -1,5 +1,6 @@
 """From what a user set and what a model is, to what the pure parts need. No torch."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from serve_app.config import OctavoConfig
@@ -40,6 +41,8 @@ def slo_config(config: OctavoConfig) -> SloConfig:
         itl_s=None if wanted.itl_ms is None else wanted.itl_ms / 1e3,
         max_queued=limits.max_queued,
         max_queued_tokens=limits.max_queued_tokens,
+        queued_tokens_by_replicas=limits.queued_tokens_by_replicas or {},
+        num_replicas=config.layout.dp,
     )
 
 
@@ -94,6 +97,7 @@ def check(config: OctavoConfig) -> ModelSpec:
     spec = check_folder(folder)
     slots_of(config, spec)  # and with it the layout
     _check_slo(config)
+    _check_limits(config)
     _check_step(config, spec)
     _check_tokenizer(folder)
     return spec
@@ -108,6 +112,23 @@ def _check_slo(config: OctavoConfig) -> None:
         )
     if slo.default_priority not in slo.priorities:
         raise ConfigError(f"`slo.default_priority` = {slo.default_priority!r} is not one of `slo.priorities`")
+
+
+def _check_limits(config: OctavoConfig) -> None:
+    """Fewer replicas are to let fewer tokens wait, and all of them as many as the limit of a whole cell says."""
+    limits, key = config.limits, "`limits.queued_tokens_by_replicas`"
+    rising = sorted((limits.queued_tokens_by_replicas or {}).items())
+    if rising and rising[-1][0] >= config.layout.dp:
+        raise ConfigError(
+            f"{key} names {rising[-1][0]}, and `layout.dp` is {config.layout.dp}: it is for fewer replicas than all,"
+            " for which there is `limits.max_queued_tokens`"
+        )
+    for (fewer, more_tokens), (more, tokens) in pairwise([*rising, (config.layout.dp, limits.max_queued_tokens)]):
+        if more_tokens > tokens:
+            raise ConfigError(
+                f"{key} lets {more_tokens} tokens wait for {fewer} replicas and {tokens} for {more}: fewer replicas"
+                " must not have the higher number"
+            )
 
 
 def _check_step(config: OctavoConfig, spec: ModelSpec) -> None:

@@ -1,7 +1,9 @@
-"""What a cell shows of itself under `/admin`: who holds what, what has happened, which processes it is made of."""
+"""What a cell shows of itself under `/admin`: who holds what, what has happened, which processes there are, and their
+pace."""
 
 import msgspec
 
+from serve_app.engine.pace import Observed
 from serve_app.experts.placement import Pair
 
 
@@ -61,3 +63,22 @@ class ProcessView(msgspec.Struct, frozen=True):
     pid: int
     node: str  # Ray's id of the node it is on
     state: str  # of a worker: "serving", "hosting", "loaded", "starting", "spare"; else "live"
+
+
+class ReplicasPace(msgspec.Struct, frozen=True):
+    """What steps take while so many replicas are at work."""
+
+    num_replicas: int
+    costs: list[float]  # seconds of a step, a prompt token, a decoding row, a thousand attended pairs; [] while unknown
+    observed: list[Observed]  # [[prompt tokens, decoding rows, thousands of attended pairs], seconds], the newest last
+
+
+class PaceView(msgspec.Struct, frozen=True):
+    """The pace that the engine foresees with, as `GET /admin/pace` tells it; `octavo calibrate --url` reads it."""
+
+    model: str
+    tp: int
+    pp: int
+    dp: int
+    max_step_tokens: int
+    paces: list[ReplicasPace]

@@ -199,6 +199,27 @@ def test_hard_limits_hold_with_and_without_an_objective_and_while_nobody_serves(
         assert ask(world, "more").reason == "queue-full"
 
 
+@pytest.mark.parametrize("ttft_s", [None, TTFT_S])
+def test_a_cell_that_lost_a_replica_lets_fewer_tokens_wait_until_it_is_whole_again(ttft_s):
+    slo = SloConfig(
+        ttft_s=ttft_s,
+        target_s=TTFT_S,
+        max_queued_tokens=8_000,
+        queued_tokens_by_replicas={1: 3_000},
+        num_replicas=2,
+    )
+    world = World(slo_config(slo=slo, max_running=1), num_replicas=2)
+    assert ask(world, "first", 2_000) is None
+    world.begin(2, resting=(1,), kept=(0,))
+    refusal = ask(world, "while one serves", 2_000)
+    assert (refusal.reason, refusal.text) == ("queue-full", "1488 prompt tokens wait already"), "512 are in a step"
+    assert ask(world, "small", 1_500) is None
+    world.begin(2, kept=(0,))
+    assert ask(world, "whole again", 2_000) is None
+    world.run()
+    assert not world.lost()
+
+
 def test_no_capacity_is_said_only_when_the_outage_has_eaten_the_objective():
     world = World()
     world.run(1000.0)

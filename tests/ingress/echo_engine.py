@@ -11,6 +11,7 @@ from serve_app.engine.request import Emission
 from serve_app.ingress.client import EngineStatus, EngineUnavailableError
 from serve_app.ingress.faults import AbortedError, RefusedError, TakenOverError
 from serve_app.runtime.operations import Drain, Facts, Operations, Strike
+from serve_app.runtime.snapshot import PaceView
 from tests.views import make_view
 
 PAGE_TOKENS = 4
@@ -46,6 +47,7 @@ class EchoEngine:
         self.view = make_view(1, 2, 2)  # what its router would say
         self.history = []  # EventViews
         self.family = []  # ProcessViews
+        self.pace_of_it = PaceView("echo", 1, 1, 1, 512, [])
         self.refusing = []  # errors with which the next requests are refused
         self.failing_after = None  # every answer ends with "error" after so many tokens
         self.operations_of_it = Operations()
@@ -133,6 +135,11 @@ class EchoEngine:
         if self.broken:
             raise EngineUnavailableError(self.broken)
         return self.history
+
+    async def pace(self):
+        if self.broken:
+            raise EngineUnavailableError(self.broken)
+        return self.pace_of_it
 
     async def processes(self):
         if self.broken:

@@ -6,8 +6,11 @@ import json
 import msgspec
 import pytest
 
+from serve_app.config import parse_config
+from serve_app.engine.pace import Observed, Paces, Work
 from serve_app.ingress.door import Limits
-from serve_app.runtime.snapshot import CellView, EventView, ProcessView
+from serve_app.runtime.paces import pace_of
+from serve_app.runtime.snapshot import CellView, EventView, PaceView, ProcessView
 from tests.ingress.conftest import open_world
 from tests.test_cli import ENVIRONMENT, LIMIT_S, OCTAVO
 from tests.views import make_view
@@ -78,7 +81,30 @@ async def test_processes_are_listed(world):
     assert msgspec.convert(response.json()["processes"], list[ProcessView]) == world.engine.family
 
 
-@pytest.mark.parametrize("name", ["events", "processes"])
+async def test_the_pace_comes_as_the_engine_has_it(world):
+    world.engine.pace_of_it = pace_of(parse_config({"model": "demo", "layout": {"dp": 2}}), learned().known())
+    response = await world.client.get("/admin/pace")
+    assert response.status_code == 200
+    assert msgspec.json.decode(response.content, type=PaceView) == world.engine.pace_of_it
+    assert response.json()["paces"][0]["observed"][0] == [[0, 1, 0.1], 0.01]
+
+
+def test_a_pace_is_told_by_the_number_of_replicas():
+    view = pace_of(parse_config({"model": "demo", "layout": {"pp": 2, "dp": 2}}), learned().known())
+    assert (view.model, view.pp, view.dp, view.max_step_tokens) == ("demo", 2, 2, 512)
+    assert [pace.num_replicas for pace in view.paces] == [1, 2]
+    assert len(view.paces[1].costs) == 4
+    assert len(view.paces[1].observed) == 8
+
+
+def learned():
+    paces = Paces()
+    paces.seed(2, [Observed(Work(0, rows, rows / 10), 0.01 * rows) for rows in range(1, 9)])
+    paces.seed(1, [Observed(Work(0, 1, 0.1), 0.01)])
+    return paces
+
+
+@pytest.mark.parametrize("name", ["events", "pace", "processes"])
 async def test_without_an_engine_the_reason_is_given(tokenizer, monkeypatch, name):
     async with open_world(tokenizer, Limits(max_placement_wait_s=0.01)) as world:
         world.engine.broken = "the engine is gone"

@@ -187,7 +187,7 @@ async def test_a_refusal_has_the_shape_of_its_dialect(tokenizer, file):
 async def test_admin_endpoints_need_an_admin_s_key(tokenizer, file):
     user, admin = make_key(file, "alice", "user"), make_key(file, "root", "admin")
     async with open_world(tokenizer, protection=Protection(keys_file=file)) as world:
-        for path in ("/admin/placement", "/admin/events", "/admin/processes", "/admin/operations"):
+        for path in ("/admin/placement", "/admin/events", "/admin/pace", "/admin/processes", "/admin/operations"):
             assert (await world.client.get(path, headers=bearer(user))).status_code == 403
             assert (await world.client.get(path, headers=bearer(admin))).status_code == 200
         order = {"kind": "drain"}

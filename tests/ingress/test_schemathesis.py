@@ -49,6 +49,7 @@ PLAIN = {  # nothing can be asked of them
     "GET /metrics",
     "GET /admin/placement",
     "GET /admin/processes",
+    "GET /admin/pace",
     "GET /admin/operations",
 }
 

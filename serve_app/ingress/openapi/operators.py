@@ -9,7 +9,7 @@ from serve_app.ingress.openapi.problems import fault_answers
 from serve_app.ingress.openapi.schemas import Schema, list_of, narrow, schema_of
 from serve_app.ingress.openapi.words import json_answer, request_body
 from serve_app.runtime.operations import MAX_ID_CHARS, MAX_SEED, MAX_TIMEOUT_S, Operation, OperationRequest
-from serve_app.runtime.snapshot import CellView, EventView, ProcessView
+from serve_app.runtime.snapshot import CellView, EventView, PaceView, ProcessView
 
 
 class Word(msgspec.Struct, omit_defaults=True):
@@ -121,6 +121,16 @@ EVENTS_OPENAPI["responses"] |= fault_answers(
 PROCESSES_OPENAPI = _view(
     "The cell's processes", list_of(schema_of(ProcessView), "processes"), {"processes": [_PROCESS]}, "engine"
 )
+
+_PACE = {
+    "model": "demo",
+    "tp": 1,
+    "pp": 2,
+    "dp": 1,
+    "max_step_tokens": 512,
+    "paces": [{"num_replicas": 1, "costs": [0.02, 0.0012, 0.001, 2e-05], "observed": [[[0, 8, 1.2], 0.031]]}],
+}
+PACE_OPENAPI = _view("What steps take", schema_of(PaceView), _PACE, "engine")
 
 _OPERATION = schema_of(Operation)
 _DRAIN: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""What a planner answers as one page of HTML: a part of the page in each module."""
