@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from serve_app.plan.ops import Op, Stage, Step
 from serve_app.plan.system import Efficiency, System
 
-FIXED = ("collective_us", "layer_us", "step_us", "row_us", "expert_us")
+FIXED = ("collective_us", "layer_us", "step_us", "row_us", "expert_us", "block_us")
 _NONE = dict.fromkeys(FIXED, 0.0)
 _ATTENTION = frozenset({"prompt attention", "decode attention"})
 _SAME = 1e-6
@@ -34,7 +34,7 @@ class Formula:
         mfu, bandwidth = eff.attention_mfu or mfu, eff.attention_bandwidth or bandwidth
         total += sum(max(compute / mfu, memory / bandwidth) for compute, memory in self.attention)
         total += self.link_s / eff.link
-        fixed = (eff.collective_us, eff.layer_us, eff.step_us, eff.row_us, eff.expert_us)
+        fixed = (eff.collective_us, eff.layer_us, eff.step_us, eff.row_us, eff.expert_us, eff.block_us)
         total += sum(count * us for count, us in zip(self.counts, fixed, strict=True)) / 1e6
         return total * system.slowdown(self.num_workers)
 

@@ -24,6 +24,7 @@ Kind = Literal["interval", "latency", "alone"]
 SHARES = ("mfu", "bandwidth", "attention_mfu", "attention_bandwidth", "link")
 MICROSECONDS = FIXED
 SHARE_SPREAD = 1.5  # logarithm: a factor of 4.5 either way
+LINK_SPREAD = 0.5  # a link is measured by itself; what sending costs beside is in `collective_us`
 CONTENTION_SPREAD = 0.5
 US_SPREAD = 1e4
 LEAST_SHARE = 1e-3
@@ -232,7 +233,8 @@ class _Search:
             spread = US_SPREAD if self.trust == 1 else max(1.0, self.trust * value)
             return Unknown(value, spread, low=0.0, nudge=max(0.1, value / 100))
         if name in SHARES:
-            return Unknown(math.log(value), self.trust * SHARE_SPREAD, low=math.log(LEAST_SHARE), high=0.0)
+            spread = LINK_SPREAD if name == "link" else SHARE_SPREAD
+            return Unknown(math.log(value), self.trust * spread, low=math.log(LEAST_SHARE), high=0.0)
         return Unknown(math.log(value), self.trust * CONTENTION_SPREAD)
 
     @cached_property

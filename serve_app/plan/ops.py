@@ -129,6 +129,8 @@ class Stage:
         if pairs := step.pairs + step.prompt_tokens * half:
             total += max(pairs * pair_s, (step.prompt_kv + half) * kv_s)
         total += (step.decode_kv + step.decode_rows * half) * max(pair_s, kv_s)
+        if self._block_s:
+            total += self._num_blocks(step) * self._block_s
         if rows:
             work = self._expert_work(rows, peers)
             total += max(work.busiest_flops * self._flop_s, work.busiest_bytes * self._byte_s)
@@ -250,6 +252,18 @@ class Stage:
         """Tokens that the last block of a sequence has in vain, in the mean."""
         return self.system.efficiency.kv_block / 2
 
+    @cached_property
+    def _block_s(self) -> float:
+        """Of a block of KV in each layer, beside what is computed and read."""
+        eff = self.system.efficiency
+        return self._slowdown * self.num_layers * eff.block_us / 1e6 if eff.kv_block else 0.0
+
+    def _num_blocks(self, step: Step) -> float:
+        """That are met one after another: of answers and of prompts, each as long as they are in the mean."""
+        block = self.system.efficiency.kv_block
+        decode = step.decode_kv / step.decode_rows / block + 0.5 if step.decode_rows else 0.0
+        return decode + (step.prompt_kv / block + 0.5 if step.prompt_tokens else 0.0)
+
     def _attention_ops(self, step: Step) -> Iterator[Op]:
         half, (flops, kv_bytes), (pair_s, kv_s) = self._half_block, self._attention_units, self._attention_s
         decode_kv = step.decode_kv + step.decode_rows * half
@@ -260,6 +274,8 @@ class Stage:
             if pairs:
                 bound: Bound = "compute" if pairs * pair_s >= kv * kv_s else "memory"
                 yield Op(name, max(pairs * pair_s, kv * kv_s), bound, pairs * flops, kv * kv_bytes)
+        if self._block_s and step.rows:
+            yield Op("attention blocks", self._num_blocks(step) * self._block_s, "fixed")
 
     # -- experts ----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,9 @@ class Efficiency(_Part):
     step_us: NotNegative = Field(0.0, description="microseconds of a step on a stage, beside its layers")
     row_us: NotNegative = Field(0.0, description="microseconds of a sampled row")
     expert_us: NotNegative = Field(0.0, description="microseconds of an expert that is touched, in each layer")
+    block_us: NotNegative = Field(
+        0.0, description="microseconds of a block of KV of the longest sequence, in each layer; blocks as `kv_block`"
+    )
     kv_block: NotNegative = Field(0.0, description="tokens of a block of KV, which is read as a whole; 0: no blocks")
 
 

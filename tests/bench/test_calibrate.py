@@ -7,9 +7,10 @@ import torch
 
 from serve_app.bench.calibrate import remote, run
 from serve_app.bench.calibrate.machine import Machine
-from serve_app.bench.calibrate.run import bare_system, observations_of, precision_of
+from serve_app.bench.calibrate.rehearsal import rehearse
+from serve_app.bench.calibrate.run import Served, bare_system, observations_of, precision_of
 from serve_app.bench.calibrate.show import as_data, as_yaml, mended_tables, tables, write
-from serve_app.bench.calibrate.steady import Load, seen
+from serve_app.bench.calibrate.steady import Load, Seen, seen
 from serve_app.bench.calibrate.steps import step_of_parts
 from serve_app.bench.measure import BenchError, Trace
 from serve_app.engine.pace import Observed, Work
@@ -26,7 +27,7 @@ from tests.plan.test_fit import SPEC
 __all__ = ["tiny"]
 
 MACHINE = Machine("Test CPU", "cpu", 1, 2, {"bf16": 0.1, "fp32": 0.05}, 4.0, 10.0, 1.0)
-LOADS = (Load(3, 24, 6), Load(1, 60, 4))
+LOADS = (Load(4, 24, 6), Load(1, 60, 4))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_calibration_makes_a_system_that_the_planner_reads(found, tmp_path):
     assert system.efficiency.layer_us > 0
     assert system.ttft_interval.low < system.ttft_interval.high
     case = found.served[0].case
-    told = estimate(case.cost(system), run.workload_of(LOADS[0], 1))
+    told = estimate(case.cost(system), run.workload_of(LOADS[0]))
     assert 0 < told.ttft_s.low < told.ttft_s.value
     assert told.output_tokens_s > 0
 
@@ -117,6 +118,41 @@ def test_steps_of_one_size_become_one_and_outliers_none():
     assert math.isclose(only.step.decode_kv, 1e3 * 1.145, rel_tol=0.1)
     several = [Observed(Work(0, rows, rows / 10), rows / 100) for rows in (1, 2, 4, 8) for _ in range(4)]
     assert sorted(o.step.decode_rows for o in observations_of(case, several)) == [1, 2, 4, 8]
+
+
+def test_in_a_pipeline_only_steps_behind_their_like_are_told():
+    case = Case(SPEC, precision_of(torch.device("cpu")), Deployment(pp=2))
+    decode, prompt = Observed(Work(0, 8, 1.0), 0.05), Observed(Work(300, 0, 45.0), 0.4)
+    (only,) = observations_of(case, [decode, decode, prompt, decode, decode, decode, prompt])
+    assert (only.step.decode_rows, only.step.prompt_tokens, only.seconds) == (8, 0, pytest.approx(0.05))
+
+
+def test_replicas_that_work_for_each_other_are_told_by_whole_runs():
+    case = Case(SPEC, precision_of(torch.device("cpu")), Deployment(dp=2))
+    observed = [Observed(Work(0, 1 + i % 7, 1.0), 0.05) for i in range(40)]
+    runs = list(observations_of(case, observed))
+    assert 1 < len(runs) <= 3
+    assert all(run.seconds == pytest.approx(0.05 * len(run.steps)) for run in runs)
+    few = Served(case, seen_of(Load(2, 50, 5), observed))
+    assert list(few.observations()) == []
+    assert len(list(Served(case, seen_of(Load(8, 50, 5), observed)).observations())) == len(runs)
+
+
+def seen_of(load, observed):
+    return Seen(load, 10, 1.0, 0.1, 10.0, observed)
+
+
+def test_a_rehearsal_is_the_real_engine_at_the_models_prices():
+    system = bare_system(MACHINE)
+    for deployment in (Deployment(), Deployment(pp=2), Deployment(dp=2)):
+        case = Case(SPEC, precision_of(torch.device("cpu")), deployment)
+        cost = case.cost(system)
+        alone = rehearse(case, system, Load(1, 40, 8))
+        assert alone.ttft_s == pytest.approx(cost.latency_s(Step.prompt(40, sampled=1), num_peers=1), rel=0.05)
+        assert alone.tpot_s == pytest.approx(cost.latency_s(Step.decode(1, 44), num_peers=1), rel=0.05)
+        several = rehearse(case, system, Load(8, 40, 8))
+        assert several.output_tokens_s > alone.output_tokens_s
+        assert several.ttft_s > alone.ttft_s
 
 
 def test_the_steps_that_are_run_are_those_that_are_priced():

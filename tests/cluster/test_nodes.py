@@ -83,6 +83,7 @@ def nodes_of_workers():
     }
 
 
+@pytest.mark.slow
 def test_tp_groups_take_nodes_as_they_come_and_go(nodes, tmp_path):
     make_tiny("mixtral", tmp_path)
     make_tiny_tokenizer(tmp_path, 512)

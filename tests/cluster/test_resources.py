@@ -79,6 +79,7 @@ def test_a_terminated_wait_leaves_nothing_behind(short_of_cpus):
     short_of_cpus.end_signal = signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_wait_that_lasts_too_long_ends_the_command_with_what_was_missing(tiny, tmp_path):
     worker = {"num_gpus": 1, "ready_timeout_s": 3}
     config = write_config(tmp_path, {"model": str(tiny), "layout": {"tp": 2, "dp": 2}, "worker": worker}, free_port())

@@ -2,12 +2,14 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from serve_app.engine.pace import Observed, Work, dot
 from serve_app.model.spec import parse_config
 from serve_app.plan.closed_loop import drift, pace_costs, refit, step_of, work_of_step
+from serve_app.plan.compiled import formula
 from serve_app.plan.counts import Precision
 from serve_app.plan.deployment import Deployment
 from serve_app.plan.fit import Case, Observation, fit, interval_of, rounded, value_of
@@ -39,7 +41,7 @@ BEFORE = System(
     gpus_per_node=2,
     intra_gb_s=1,
     inter_gb_s=1,
-    efficiency=Efficiency(collective_us=10.0),
+    efficiency=Efficiency(collective_us=10.0, kv_block=128),
 )
 TRUTH = Efficiency(
     mfu=0.45,
@@ -52,6 +54,8 @@ TRUTH = Efficiency(
     step_us=1500.0,
     row_us=150.0,
     expert_us=60.0,
+    block_us=90.0,
+    kv_block=128,
 )
 STEPS = [
     *(Step.prompt(tokens, start, sampled=1) for tokens in (48, 200, 512) for start in (0, 1500, 4000)),
@@ -80,7 +84,17 @@ def measured(cases, noise=0.0, seed=0, kinds=("interval", "alone")):
 
 def test_the_coefficients_that_made_the_steps_are_found_again():
     fitted = fit(BEFORE, measured([ALONE, PP2, DP2]))
-    for name in ("mfu", "bandwidth", "attention_mfu", "layer_us", "step_us", "row_us", "expert_us", "contention.2"):
+    for name in (
+        "mfu",
+        "bandwidth",
+        "attention_mfu",
+        "layer_us",
+        "step_us",
+        "row_us",
+        "expert_us",
+        "block_us",
+        "contention.2",
+    ):
         assert value_of(fitted.system, name) == pytest.approx(value_of(true_system(), name), rel=0.05), name
     assert fitted.typical_error < 0.01
     assert all(0.9 < ratio < 1.1 for ratio in fitted.ratios)
@@ -112,6 +126,26 @@ def test_intervals_hold_the_truth_nine_times_of_ten():
             held, num = held + (interval.low <= ratio <= interval.high), num + 1
     assert sum(inside.values()) >= 0.85 * len(names) * len(seeds), inside
     assert held >= 0.9 * num
+
+
+def test_a_run_of_steps_is_the_sum_of_them():
+    cost = PP2.cost(true_system())
+    run = Observation(PP2, STEPS[0], 1.0, others=(STEPS[3], STEPS[-1]))
+    assert run.predicted_s(cost) == pytest.approx(sum(cost.interval_s(step) for step in run.steps))
+    assert run.has_prompt
+    assert not Observation(PP2, STEPS[-1], 1.0).has_prompt
+
+
+@pytest.mark.parametrize("deployment", [Deployment(), Deployment(tp=3), Deployment(pp=2), Deployment(tp=2, dp=2, pp=3)])
+def test_the_short_formula_says_what_the_operations_say(deployment):
+    bare = BEFORE.model_copy(update={"gpus_per_node": 12})
+    for stage in Case(SPEC, Precision(), deployment).cost(bare).stages:
+        for step in (*STEPS[:3], *STEPS[-3:], STEPS[1] + STEPS[-1]):
+            found = formula(stage, step)
+            for system in (true_system(gpus_per_node=12), bare):
+                again = replace(stage, system=system)
+                assert found.seconds(system) == pytest.approx(again.seconds(step), rel=1e-6)
+                assert again.seconds(step) == pytest.approx(sum(op.seconds for op in again.ops(step)), rel=1e-6)
 
 
 def test_a_few_stalls_move_nothing():

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from serve_app.bench.calibrate.machine import Machine, measure, others_at_work
+from serve_app.bench.calibrate.rehearsal import rehearse
 from serve_app.bench.calibrate.steady import Load, Seen, SteadyCell
 from serve_app.bench.calibrate.steps import StepBench
 from serve_app.bench.measure import BenchError
 from serve_app.engine.pace import MAX_STALL, Observed, Work
-from serve_app.engine.scheduler import MIN_CHUNK_TOKENS
 from serve_app.model.cpu import pick_dtype
 from serve_app.model.spec import ModelSpec
 from serve_app.model.tiles import KV_BLOCK_TOKENS
@@ -24,9 +24,10 @@ from serve_app.plan.workload import Lengths, Workload
 
 MACHINE_SHARE, STEPS_SHARE = 0.1, 0.25  # of the budget; the rest is for cells
 LAYOUTS = (Deployment(), Deployment(pp=2), Deployment(dp=2))
-LOADS = (Load(1, 160, 12), Load(6, 96, 20), Load(20, 40, 20), Load(2, 500, 8))
+LOADS = (Load(4, 240, 10), Load(20, 40, 16), Load(1, 160, 12), Load(2, 500, 8))  # the first two keep two workers busy
 STEP_TOKENS = 512  # of a bench cell's step, at most
 MAX_POINTS = 10  # that the observed steps of one load become
+BUSY = 2  # requests for each worker, at least, that keep all at work
 MIN_RUN, MAX_RUNS = 6, 3  # steps of a run, runs of one load
 TRIMMED = 0.1  # of them, at either end
 CELL_WEIGHT = 2.0  # an observation that is the mean of many, beside a single step's
@@ -40,8 +41,15 @@ class Served:
 
     case: Case
     seen: Seen
-    ttft_s: float = 0.0  # predicted
+    ttft_s: float = 0.0  # as `octavo plan` estimates it
     tpot_s: float = 0.0
+    rehearsed: Seen | None = None  # as the engine has it in virtual time
+
+    def observations(self) -> Iterator[Observation]:
+        """Of its steps. Where requests are too few to keep all workers busy, nothing is told."""
+        num_workers = self.case.num_workers
+        if num_workers == 1 or self.seen.load.concurrency >= BUSY * num_workers:
+            yield from observations_of(self.case, self.seen.observed)
 
     @property
     def ttft_ratio(self) -> float:
@@ -77,7 +85,8 @@ def calibrate(
     observations: list[Observation] = []
     served: list[Served] = []
     layouts = [layout for layout in layouts if layout.cell_gpus <= machine.num_workers]
-    load_s = seconds * (1 - MACHINE_SHARE - STEPS_SHARE) / (len(models) * len(layouts) * len(LOADS))
+    num_loads = sum(len(_loads(layout)) for layout in layouts)
+    load_s = seconds * (1 - MACHINE_SHARE - STEPS_SHARE) / (len(models) * num_loads)
     for model in models:
         say(f"{model}: steps in this process")
         spec, alone = steps_of(model, num_threads, precision, seconds * STEPS_SHARE / len(models))
@@ -85,13 +94,18 @@ def calibrate(
         for layout in layouts:
             looks.append(others_at_work())
             say(f"{model}: a cell of {layout}")
-            found = cell_of(model, Case(spec, precision, layout), num_threads, LOADS, load_s)
-            observations += [o for one in found for o in observations_of(one.case, one.seen.observed)]
-            served += found
+            seen = cell_of(model, Case(spec, precision, layout), num_threads, _loads(layout), load_s)
+            observations += [o for one in seen for o in observations_of(one.case, one.seen.observed)]
+            served += seen
     say("fitting")
     found = conclude(machine, system, observations, served)
     found.others = sum(looks) / len(looks)
     return found
+
+
+def _loads(layout: Deployment) -> Sequence[Load]:
+    """Where several work, those that keep all of them busy."""
+    return LOADS if layout.cell_gpus == 1 else [load for load in LOADS if load.concurrency >= BUSY * layout.cell_gpus]
 
 
 def conclude(machine: Machine, system: System, observations: list[Observation], served: list[Served]) -> Calibrated:
@@ -165,41 +179,52 @@ def cell_of(model: str, case: Case, num_threads: int, loads: Sequence[Load], sec
 def predict(system: System, served: Sequence[Served]) -> None:
     """What the planner says of each load."""
     for one in served:
-        told = estimate(one.case.cost(system), workload_of(one.seen.load, one.case.deployment.pp))
+        told = estimate(one.case.cost(system), workload_of(one.seen.load))
         one.ttft_s, one.tpot_s = told.ttft_s.value, told.tpot_s.value
+        one.rehearsed = rehearse(one.case, system, one.seen.load)
 
 
-def workload_of(load: Load, num_stages: int) -> Workload:
-    """As a cell of bench runs it: where there are stages, a prompt is cut into a chunk for each."""
-    cut = max(MIN_CHUNK_TOKENS, -(-load.prompt_tokens // num_stages)) if num_stages > 1 else STEP_TOKENS
+def workload_of(load: Load) -> Workload:
     return Workload(
         Lengths.fixed(load.prompt_tokens),
         Lengths.fixed(load.output_tokens),
         concurrency=load.concurrency,
-        chunk_tokens=min(STEP_TOKENS, cut),
+        chunk_tokens=STEP_TOKENS,
     )
 
 
 def observations_of(case: Case, observed: Sequence[Observed]) -> Iterator[Observation]:
-    """The steps of one load, few enough to fit.
+    """The steps of one load, few enough to fit: those about alike are one, with their mean work and time.
 
-    Where one worker does all, steps that are about alike become one: their mean work and time, without the outermost.
-    Where several do, a step's interval depends on those before it and beside it: only whole runs of steps are told.
+    In a pipeline a step's interval is its own only behind steps like it. Replicas that work for each other slow each
+    other down by what the other one happens to do: of them only whole runs of steps are told.
     """
     kept = _without_stalls(observed)
-    if case.num_workers > 1:
-        size = max(MIN_RUN, -(-len(kept) // MAX_RUNS))
-        for begin in range(0, len(kept) - MIN_RUN + 1, size):
-            run = kept[begin : begin + size]
-            first, *others = [step_of(o.work) for o in run]
-            yield Observation(case, first, sum(o.seconds for o in run), weight=CELL_WEIGHT, others=tuple(others))
+    if case.deployment.dp > 1:
+        yield from _runs(case, kept)
         return
-    groups = sorted(_by_size(kept).values(), key=len, reverse=True)
+    own = [o for i, o in enumerate(kept) if _follows_its_like(kept, i, case.deployment.pp)]
+    groups = sorted(_by_size(own).values(), key=len, reverse=True)
     for group in groups[:MAX_POINTS]:
         cut = int(len(group) * TRIMMED)
         inner = sorted(group, key=lambda o: o.seconds)[cut : len(group) - cut]
         work = Work(*(sum(parts) / len(inner) for parts in zip(*map(_parts, inner), strict=True)))
         yield Observation(case, step_of(work), sum(o.seconds for o in inner) / len(inner), weight=CELL_WEIGHT)
+
+
+def _follows_its_like(observed: Sequence[Observed], index: int, num_stages: int) -> bool:
+    """As many as are under way with it."""
+    if index < num_stages - 1:
+        return False
+    return len({_size(o) for o in observed[index - num_stages + 1 : index + 1]}) == 1
+
+
+def _runs(case: Case, observed: Sequence[Observed]) -> Iterator[Observation]:
+    size = max(MIN_RUN, -(-len(observed) // MAX_RUNS))
+    for begin in range(0, len(observed) - MIN_RUN + 1, size):
+        run = observed[begin : begin + size]
+        first, *others = [step_of(o.work) for o in run]
+        yield Observation(case, first, sum(o.seconds for o in run), weight=CELL_WEIGHT, others=tuple(others))
 
 
 def _without_stalls(observed: Sequence[Observed]) -> list[Observed]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from rich.box import SIMPLE
 from rich.table import Table
@@ -71,12 +72,13 @@ def between(one: Coefficient) -> str:
 
 
 def _served(served: list[Served]) -> Table:
-    title = "requests under load: predicted and measured, milliseconds"
-    table = _table("layout", "at a time", "prompt", "answer", "TTFT", "measured", "TPOT", "measured", title=title)
+    title = "requests under load: estimated, rehearsed in virtual time, and measured; milliseconds"
+    headings = ("layout", "at a time", "prompt", "answer", "TTFT", "rehearsed", "measured")
+    table = _table(*headings, "TPOT", "rehearsed", "measured", title=title)
     for one in served:
-        load = one.seen.load
+        load, rehearsed = one.seen.load, one.rehearsed or one.seen
         counts = (load.concurrency, load.prompt_tokens, load.output_tokens)
-        times_s = (one.ttft_s, one.seen.ttft_s, one.tpot_s, one.seen.tpot_s)
+        times_s = (one.ttft_s, rehearsed.ttft_s, one.seen.ttft_s, one.tpot_s, rehearsed.tpot_s, one.seen.tpot_s)
         table.add_row(str(one.case.deployment), *map(str, counts), *(f"{1e3 * time_s:.1f}" for time_s in times_s))
     return table
 
@@ -132,8 +134,9 @@ def as_data(found: Calibrated) -> dict[str, Any]:
             {
                 "layout": str(one.case.deployment),
                 "load": one.seen.load,
-                "ttft_s": [one.ttft_s, one.seen.ttft_s],
-                "tpot_s": [one.tpot_s, one.seen.tpot_s],
+                "estimated": {"ttft_s": one.ttft_s, "tpot_s": one.tpot_s},
+                "rehearsed": one.rehearsed,
+                "measured": msgspec.structs.replace(one.seen, observed=[]),
             }
             for one in found.served
         ],

@@ -1,6 +1,7 @@
 """A cell under a steady load: as many requests at a time as asked, a new one for each that ends.
 
-What `bench.cell` measures is a batch: all prompts first, then all answers. A server has them side by side.
+What `bench.cell` measures is a batch: all prompts first, then all answers. A server has them side by side. Tokens are
+sampled at temperature 1: greedy answers repeat themselves sooner or later, and then touch few experts.
 """
 
 import random
@@ -92,7 +93,7 @@ class SteadyCell(CellBench):
         rid = f"steady-{self._num_sent}"
         self._num_sent += 1
         prompt = [self._draw.randrange(self._spec.vocab_size) for _ in range(load.prompt_tokens)]
-        sampling = SamplingParams(max_new_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_new_tokens=output_tokens, seed=self._num_sent, ignore_eos=True)
         self._traces[rid] = Trace(time.perf_counter())
         self._mesh.send(ENGINE, From(NAME, Submit(Request(rid, prompt, sampling, terms=Terms(is_accepted=True)))))
 

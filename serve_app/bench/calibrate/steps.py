@@ -22,8 +22,8 @@ from serve_app.plan.ops import Step
 from serve_app.runtime.load import load_experts, load_stage
 from serve_app.runtime.settings import check
 
-MIN_REPEATS, MAX_REPEATS = 2, 12
-GREEDY = Sample(0.0, 0, 1.0, 0.0, 0, 0, False)
+MIN_REPEATS, MAX_REPEATS = 1, 12
+SAMPLED = Sample(1.0, 0, 1.0, 0.0, 0, 0, False)
 
 Part = tuple[int, int]  # (tokens, start) of one slice
 PROMPTS: tuple[Part, ...] = ((16, 0), (64, 0), (128, 0), (256, 0), (512, 0), (128, 1024), (256, 2000))
@@ -98,7 +98,7 @@ class StepBench:
         pages = [(self._page + i) % total for i in range(num_pages)]
         self._page = (self._page + num_pages) % total
         tokens = [self._draw.randrange(self.spec.vocab_size) for _ in range(num_tokens)]
-        return Slice(start, tokens, pages, GREEDY)
+        return Slice(start, tokens, pages, SAMPLED)
 
 
 def step_of_parts(parts: Sequence[Part]) -> Step:
