@@ -224,7 +224,9 @@ def _refuse_options(context: typer.Context) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
-            raise OctavoError(f"{option} is for `octavo {context.info_name}` alone: options of serve come after that word")
+            raise OctavoError(
+                f"{option} is for `octavo {context.info_name}` alone: options of serve come after that word"
+            )
 
 
 @app.command()
