@@ -2,21 +2,19 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from serve_app import __version__
 from serve_app.bench.serve.command import load_test
 from serve_app.bench.simulate.command import simulate_serving
-from serve_app.config import parse_config
-from serve_app.errors import ConfigError, OctavoError
+from serve_app.config import octavo_args, parse_config
+from serve_app.errors import OctavoError
 from serve_app.keys_cli import key_app
 from serve_app.plan_cli import audit, plan
 
@@ -45,7 +43,6 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_LOG_TO_STDERR": "0",  # the terminal is for what we say; Serve's own log is in its files
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # of 30: Ctrl-C should not take half a minute
 }
-IMPORT_PATH = "serve_app.app:build"
 DEFAULT_BATCHES = (1, 8, 32, 64)
 DEFAULT_CONFIG = Path("deployments/config.yaml")
 
@@ -101,33 +98,13 @@ def serve(
     from serve_app.ingress.keys import check_keys
     from serve_app.runtime.settings import check
 
-    for args in _octavo_args(config):
+    for args in octavo_args(config):
         parsed = parse_config(args)
         check(parsed)
         check_keys(parsed.security.keys_file)
     environment = SERVE_ENVIRONMENT | os.environ
     command = Path(sys.executable).parent / "serve"
     os.execve(command, [str(command), "run", str(config)], environment)
-
-
-def _octavo_args(config: Path) -> Iterator[dict[str, Any]]:
-    """The `args` of each application in a Serve config file that is ours. ConfigError if there is none."""
-    try:
-        content = yaml.safe_load(config.read_bytes())
-        ours = [entry for entry in content["applications"] if entry["import_path"] == IMPORT_PATH]
-    except OSError as error:
-        raise ConfigError(f"{config} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
-        raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
-    except (TypeError, KeyError):
-        raise ConfigError(f"{config} is no Ray Serve config: it needs a list `applications`") from None
-    if not ours:
-        raise ConfigError(f"{config} has no application with the import_path {IMPORT_PATH}")
-    for entry in ours:
-        args = entry.get("args") or {}
-        if not isinstance(args, dict):
-            raise ConfigError(f"the `args` of {IMPORT_PATH} in {config} are no mapping of keys to values")
-        yield args
 
 
 @app.command()

@@ -1,11 +1,15 @@
 """What a user may set. Unknown keys are errors; every field says its unit."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.errors import ConfigError
+
+IMPORT_PATH = "serve_app.app:build"
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -152,6 +156,25 @@ def parse_config(args: dict[str, Any]) -> OctavoConfig:
         return OctavoConfig.model_validate(args)
     except ValidationError as error:
         raise ConfigError("the config cannot run: " + "; ".join(map(_sentence, error.errors()))) from None
+
+
+def octavo_args(path: Path) -> list[dict[str, Any]]:
+    """The `args` of each application in a Serve config file that is ours. ConfigError if there is none."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+        ours = [entry for entry in content["applications"] if entry["import_path"] == IMPORT_PATH]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-99-99
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (TypeError, KeyError):
+        raise ConfigError(f"{path} is no Ray Serve config: it needs a list `applications`") from None
+    if not ours:
+        raise ConfigError(f"{path} has no application with the import_path {IMPORT_PATH}")
+    found = [entry.get("args") or {} for entry in ours]
+    if not all(isinstance(args, dict) for args in found):
+        raise ConfigError(f"the `args` of {IMPORT_PATH} in {path} are no mapping of keys to values")
+    return found
 
 
 def _sentence(error: Any) -> str:

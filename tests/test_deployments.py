@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve_app.cli import IMPORT_PATH
-from serve_app.config import parse_config
+from serve_app.config import IMPORT_PATH, parse_config
 from serve_app.experts.layout import stage_layers
 from serve_app.fetch.demo import put_demo_tokenizer
 from serve_app.fetch.progress import silent

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import OctavoConfig, parse_config
+from serve_app.config import IMPORT_PATH, OctavoConfig, parse_config
 from serve_app.errors import PlanError
 from serve_app.experts.layout import stage_layers
 from serve_app.plan.counts import Precision
@@ -22,7 +22,6 @@ from serve_app.plan.footprint import kv_gpu_token_bytes
 from serve_app.plan.room import Room, room
 from serve_app.plan.workload import Workload
 
-IMPORT_PATH = "serve_app.app:build"
 PAGE_TOKENS = 32  # `scheduler.page_tokens`
 MESSAGE_BYTES = 2**30  # of one part of a message: `runtime.wire.MAX_PART_BYTES`, which is not ours to import
 ITEM_BYTES = 4  # of a value in it

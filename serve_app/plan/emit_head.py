@@ -51,7 +51,7 @@ def _facts(cost: Cost, workload: Workload, estimate: Estimate, args: Mapping[str
     if estimate.capacity is not None:
         yield "", f"at most {estimate.capacity / cells:.3g} requests/s with the objective kept"
     if not is_calibrated(system):
-        yield "", "(intervals are a guess: this hardware has not been calibrated)"
+        yield "", "(intervals of public runs of other engines: this hardware has not been calibrated)"
     yield "memory", _memory(cost, workload, args)
     if (limits := args.get("limits")) is not None:
         after = limits.get("queued_tokens_by_replicas")

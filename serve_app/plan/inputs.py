@@ -14,7 +14,6 @@ from serve_app.plan.systems import list_systems, read_system
 from serve_app.plan.workload import Objective, Workload
 
 __all__ = [
-    "check_lengths",
     "choose_model",
     "list_models",
     "list_systems",
@@ -174,12 +173,3 @@ def _check_objective(objective: Objective) -> None:
             raise PlanError(f"the objective {field.name} must be above 0, not {value}")
     if (share := objective.availability) is not None and share >= 1:
         raise PlanError(f"the objective availability must be a share below 1, such as 0.999, not {share}")
-
-
-def check_lengths(spec: ModelSpec, workload: Workload) -> None:
-    """PlanError where a prompt and its answer may be longer than what the model can."""
-    if workload.most_tokens > spec.max_positions:
-        raise PlanError(
-            f"prompts of {workload.isl.most:,} tokens and answers of {workload.osl.most:,} exceed"
-            f" the model's max_position_embeddings of {spec.max_positions:,}"
-        )

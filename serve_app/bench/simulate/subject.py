@@ -1,15 +1,12 @@
 """What is simulated: a deployment of a model, what its steps cost, and what its engine is bound by."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import yaml
 
 from serve_app.bench.simulate.plan_costs import PlanCosts
-from serve_app.config import OctavoConfig, parse_config
+from serve_app.config import IMPORT_PATH, OctavoConfig, octavo_args, parse_config
 from serve_app.engine.bounds import EngineConfig
 from serve_app.engine.pace import MIN_OBSERVED, Observed, fit
 from serve_app.engine.request import Terms
@@ -32,7 +29,6 @@ from serve_app.sim.serving.cell import CellSetup
 from serve_app.sim.serving.costs import PacedCosts, StepCosts, rehearse
 from serve_app.sim.serving.losses import Phases
 
-IMPORT_PATH = "serve_app.app:build"
 PAGE_TOKENS = 32
 AIM = 0.85  # of the objective that may be predicted, as `config.SloConfig` has it
 
@@ -93,22 +89,11 @@ def find_subject(wanted: Wanted) -> Subject:
 
 
 def read_config(path: Path) -> OctavoConfig:
-    """The `args` of the one application in a Serve config file that is ours. ConfigError if there is none."""
-    try:
-        content = yaml.safe_load(path.read_bytes())
-        ours = [entry for entry in content["applications"] if entry["import_path"] == IMPORT_PATH]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except (TypeError, KeyError):
-        raise ConfigError(f"{path} is no Ray Serve config: it needs a list `applications`") from None
-    if len(ours) != 1:
-        raise ConfigError(f"{path} has {len(ours)} applications with the import_path {IMPORT_PATH}; it needs one")
-    args: Mapping[str, Any] = ours[0].get("args") or {}
-    if not isinstance(args, dict):
-        raise ConfigError(f"the `args` of {IMPORT_PATH} in {path} are no mapping of keys to values")
-    return parse_config(args)
+    """The one application in a Serve config file that is ours. ConfigError if there is none, or more than one."""
+    found = octavo_args(path)
+    if len(found) != 1:
+        raise ConfigError(f"{path} has {len(found)} applications with the import_path {IMPORT_PATH}; it needs one")
+    return parse_config(found[0])
 
 
 def spec_of(config: OctavoConfig) -> ModelSpec:
